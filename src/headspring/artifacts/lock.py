@@ -1,0 +1,36 @@
+"""One process at a time in a folder.
+
+An advisory lock (`flock`) on `FOLDER/.lock`, held by the open file: the system drops it when the process ends, however
+it ends, so a `kill -9` leaves nothing to clean up. The file's content, the holder's process id, is only for the message.
+What it gives up: network file systems without `flock`, where two machines could still meet.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from headspring.artifacts.errors import UserError
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for the length of the block. Raises `UserError`, naming the holder, where another process has it."""
+    import fcntl  # POSIX only
+
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            raise UserError(
+                f"{folder}: another run (process {holder}) is working here; wait for it or give another --run-dir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)

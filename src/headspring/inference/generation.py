@@ -1,0 +1,118 @@
+"""A request and its answer: what one prompt asks for, what it has got so far, and when it is done."""
+
+import hashlib
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headspring.inference.sampling import SamplingParams
+from headspring.inference.text_stream import TextStream
+from headspring.tokenization.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    `token_ids` are the sampled ids, with the stop token that ended them, if one did; `text` is without it and ends
+    before a stop string. `logprobs[i]` is the natural log-probability of `token_ids[i]` under the model itself, before
+    temperature, penalty and filters; `top_logprobs[i]` maps the most likely ids to theirs, where asked for.
+    `finish_reason`: "stop" for a stop token or string, "length" for `max_tokens` or the end of the context."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    prompt_token_ids: list[int] = field(repr=False)
+    top_logprobs: list[dict[int, float]] | None = field(default=None, repr=False)
+
+
+class Request:
+    """A prompt on its way to an answer.
+
+    `new_tokens` is how many it may get: `max_tokens`, or less where the context of the model ends first.
+    `piece` is the text that the last step made certain; it is kept only for an `incremental` request."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        context: int,
+        end_ids: Iterable[int] = (),
+        answer: int = 0,
+        incremental: bool = False,
+    ):
+        """Answer number `answer` to `prompt`, which must be shorter than `context`."""
+        self.prompt, self.params, self.incremental = prompt, params, incremental
+        self.new_tokens = min(params.max_tokens, context - len(prompt))
+        assert self.new_tokens > 0
+        self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(end_ids))
+        self.uniforms = uniform_numbers(params, prompt, answer, self.new_tokens)
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.top_logprobs: list[dict[int, float]] = []
+        self.finish_reason: FinishReason | None = None
+        self.piece = ""
+        self._stream = TextStream(tokenizer, params.stop)
+        self._decoded = 0  # tokens already given to the stream
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the next token may be the last one by its own choice."""
+        return len(self.token_ids) >= self.params.min_tokens
+
+    def accept(self, token: int, log_prob: float) -> None:
+        """Take a sampled token."""
+        may_stop = self.may_stop
+        self.token_ids.append(token)
+        self.logprobs.append(log_prob)
+        if may_stop and token in self.stop_ids:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) == self.new_tokens:
+            self.finish_reason = "length"
+        if not (self.incremental or self.params.stop):
+            return  # nobody needs the text yet; `generation` decodes it at once
+        self.piece = self._decode(may_stop)
+        if self._stream.stopped:
+            self.finish_reason = "stop"
+        if self.finish_reason:
+            self.piece += self._stream.finish()
+
+    def _decode(self, may_stop: bool) -> str:
+        """Text of the tokens that the stream has not seen; a stop token has none."""
+        end = len(self.token_ids)
+        if self.finish_reason == "stop" and not self._stream.stopped:
+            end -= 1
+        start, self._decoded = self._decoded, end
+        return "".join(self._stream.push(token, may_stop) for token in self.token_ids[start:end])
+
+    def generation(self) -> Generation:
+        """The answer, once finished."""
+        assert self.finish_reason is not None
+        if not (self.incremental or self.params.stop):
+            self._decode(may_stop=False)
+            self._stream.finish()
+        top = None if self.params.logprobs is None else self.top_logprobs
+        return Generation(self._stream.text, self.token_ids, self.logprobs, self.finish_reason, self.prompt, top)
+
+
+def uniform_numbers(params: SamplingParams, prompt: list[int], answer: int, count: int) -> Tensor:
+    """The numbers in [0, 1) that decide a request's tokens, (count,) float64; zeros for a greedy one.
+
+    They depend on seed, prompt and answer number. Not on the seed alone: all prompts of an evaluation would share one
+    luck. Not on the prompt's place in a batch: the same request would get another answer in other company."""
+    if params.temperature == 0:
+        return torch.zeros(count, dtype=torch.float64)
+    seed = secrets.randbits(63)
+    if params.seed is not None:
+        key = f"{params.seed} {answer} {' '.join(map(str, prompt))}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

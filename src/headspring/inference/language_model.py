@@ -1,0 +1,248 @@
+"""`LanguageModel`: a model, its tokenizer and its config, and everything one asks of them.
+
+It holds no second forward pass: generating, scoring and looking inside all call the module that was trained
+(`models`), and log-probabilities come from the one path (`models.scoring`). Text is typed: a prompt is encoded as plain
+text behind one `<|bos|>`, as a training document is; only `chat` writes control tokens; sampled ids are never re-encoded.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from headspring.artifacts import UserError
+from headspring.artifacts.progress import task
+from headspring.inference.decoding import decode, in_batches
+from headspring.inference.generation import Generation, Request
+from headspring.inference.loading import BASE_KINDS, choose_device, choose_dtype, find
+from headspring.inference.sampling import SamplingParams
+from headspring.models import load_model, scoring
+from headspring.text.chat import Message
+from headspring.tokenization.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Message | Mapping[str, str]]
+BATCH_SIZE = 64  # rows that run together; the state's memory grows with it
+
+
+class LanguageModel:
+    """`model` (`torch.nn.Module`), `tokenizer` and `config` (pydantic), ready to be asked.
+
+    `kind` is the stage that made it, where known: a base model (`pretrain`) warns when asked to chat."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, config: BaseModel | None = None, kind: str | None = None):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.config = model.config if config is None else config
+        self.kind = kind
+        if tokenizer.vocab_size > self.vocab_size:
+            raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {self.vocab_size}: not a pair")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        quantize: str | None = None,
+        revision: str | None = None,
+    ) -> "LanguageModel":
+        """The model at `path`: a run folder (its last finished model stage), a stage's folder, a Hugging Face folder or
+        hub name (at `revision`). `dtype="auto"` keeps the precision the weights are stored in. Raises `UserError`."""
+        if quantize is not None:
+            raise UserError(f"quantize={quantize!r} is not supported yet; leave it out, or use dtype='bfloat16'")
+        target, precision = choose_device(device), choose_dtype(dtype)
+        source = find(path)
+        if revision is not None and source.folder is not None:
+            raise UserError(f"revision={revision!r} belongs to a hub name; {source.name} is a folder on this machine")
+        model, folder = _load_weights(source.folder or source.name, revision)
+        model = model.to(device=target) if precision is None else model.to(device=target, dtype=precision)
+        return cls(model, Tokenizer.load(folder), kind=source.kind)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's output; may exceed the tokenizer's, and those ids are never sampled."""
+        return self.config.vocab
+
+    @property
+    def context(self) -> int:
+        """The most tokens, prompt and answer together, that the model is made for."""
+        return self.config.context
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        progress: str | None = None,
+        **sampling: Any,
+    ) -> list[Generation]:
+        """Continue one or many prompts (text, or token ids used as they are). `sampling`: the fields of `SamplingParams`,
+        or `params` itself, one for all or one for each prompt. Returns `n` answers for each prompt, in order of the prompts.
+
+        At most `batch_size` rows run together. `progress` names a bar. Raises `UserError` for a prompt that fills the
+        context; an answer that reaches the context's end stops with `finish_reason="length"`."""
+        rows = [self.prompt_ids(prompt) for prompt in _as_list(prompts)]
+        return self._generate(rows, _each(params, sampling, len(rows)), batch_size, progress)
+
+    def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
+        """The continuation in pieces, whose join is the `text` that `generate` gives. No piece ends inside a character."""
+        return self._stream(self.prompt_ids(prompt), SamplingParams.of(**sampling))
+
+    def chat(self, messages: Messages, **sampling: Any) -> Generation:
+        """The assistant's next turn in a conversation of {"role", "content"}."""
+        return self.chat_batch([messages], **sampling)[0]
+
+    def chat_batch(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        batch_size: int = BATCH_SIZE,
+        progress: str | None = None,
+        **sampling: Any,
+    ) -> list[Generation]:
+        """`chat` for many conversations at once; with `n`, that many answers for each, side by side."""
+        rows = [self.chat_ids(messages) for messages in conversations]
+        return self._generate(rows, _each(None, sampling, len(rows)), batch_size, progress)
+
+    def chat_stream(self, messages: Messages, **sampling: Any) -> Iterator[str]:
+        """`chat` in pieces."""
+        return self._stream(self.chat_ids(messages), SamplingParams.of(**sampling))
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """A prompt as the model reads it: text behind one `<|bos|>` where the tokenizer has it; ids as they are."""
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        bos = self.tokenizer.bos_id
+        return ([] if bos is None else [bos]) + self.tokenizer.encode(prompt)
+
+    def chat_ids(self, messages: Messages) -> list[int]:
+        """A conversation as the model reads it, up to where the assistant's next turn begins."""
+        if not messages:
+            raise UserError("a conversation needs at least one message")
+        if self.kind in BASE_KINDS:
+            warnings.warn("this is a base model, never trained on conversations: expect a continuation", stacklevel=3)
+        return self.tokenizer.render(messages, add_generation_prompt=True).ids.tolist()
+
+    def _generate(
+        self, prompts: list[list[int]], params: list[SamplingParams], batch_size: int, progress: str | None
+    ) -> list[Generation]:
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: at least one row must run")
+        requests = [
+            self._request(prompt, one, answer) for prompt, one in zip(prompts, params) for answer in range(one.n)
+        ]
+        with task(progress or "generate", len(requests)) as bar:
+            for batch in in_batches(requests, batch_size):
+                before = 0
+                for done in decode(self.model, batch, self._pad_id, self.tokenizer.vocab_size):
+                    bar.advance(done - before)
+                    before = done
+        return [request.generation() for request in requests]
+
+    def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+        if params.n != 1 or params.logprobs is not None:
+            raise UserError("a stream is the text of one answer; use generate for n or logprobs")
+        request = self._request(prompt, params, incremental=True)
+        for _ in decode(self.model, [request], self._pad_id, self.tokenizer.vocab_size):
+            if request.piece:
+                yield request.piece
+
+    def _request(self, prompt: list[int], params: SamplingParams, answer: int = 0, incremental: bool = False) -> Request:
+        if not prompt:
+            raise UserError("the prompt is empty and the tokenizer has no <|bos|> to begin with; give at least one token")
+        if len(prompt) >= self.context:
+            raise UserError(f"the prompt has {len(prompt)} tokens and the model's context {self.context}; shorten it")
+        self._check([*prompt, *params.stop_token_ids])
+        ends = [end for end in (self.tokenizer.eos_id, self.tokenizer.end_id) if end is not None]
+        return Request(
+            self.tokenizer, prompt, params, context=self.context, end_ids=ends, answer=answer, incremental=incremental
+        )
+
+    @property
+    def _pad_id(self) -> int:
+        """Any id: what stands in the padding is masked."""
+        return self.tokenizer.pad_id or 0
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise UserError(f"token id {wrong} is outside the model's vocabulary of {self.vocab_size}")
+
+    # -- measuring ---------------------------------------------------------------------------------------------------
+
+    def logits(self, token_ids: Tensor | Sequence[Sequence[int]] | Sequence[int]) -> Tensor:
+        """(B, T) ids, or one row (T,) → (B, T, V) float32. With gradients where the caller has them enabled."""
+        ids = torch.as_tensor(token_ids, dtype=torch.int64, device=self.device)
+        return self.model.logits(self.model(ids if ids.ndim == 2 else ids[None]))
+
+    def logprobs(self, texts: Prompt | Sequence[Prompt], batch_size: int = BATCH_SIZE) -> list[Tensor]:
+        """For each text (or list of ids), the natural log-probability of every token that has one before it: (n,) float32
+        on the CPU. A text's n is its tokens (the first follows `<|bos|>`); of k given ids, n = k − 1."""
+        rows = [self.prompt_ids(text) for text in _as_list(texts)]
+        for row in rows:
+            self._check(row)
+            if len(row) > self.context + 1:
+                raise UserError(f"a text has {len(row)} tokens and the model's context {self.context}; cut it in windows")
+        scores: list[Tensor] = [torch.empty(0)] * len(rows)
+        order = sorted((i for i, row in enumerate(rows) if len(row) > 1), key=lambda i: -len(rows[i]))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            for i, score in zip(chosen, self._score([rows[i] for i in chosen])):
+                scores[i] = score
+        return scores
+
+    @torch.inference_mode()
+    def _score(self, rows: list[list[int]]) -> list[Tensor]:
+        """Padding goes to the right: a causal model never sees it from the left."""
+        tensors = [torch.tensor(row) for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=self._pad_id).to(self.device)
+        scores = scoring.log_probs(self.model, self.model(ids[:, :-1]), ids[:, 1:]).cpu()
+        return [score[: len(row) - 1].clone() for row, score in zip(rows, scores)]
+
+    # -- looking inside ----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def capture(self, prompt: Prompt, sites: Sequence[str]) -> dict[str, Tensor]:
+        """Activations by site name while the model reads `prompt`: each (1, T, …). Unknown names raise `UserError`."""
+        ids = self.prompt_ids(prompt)
+        self._check(ids)
+        with self.model.sites.capture(list(sites)) as seen:
+            self.model(torch.tensor([ids], device=self.device))
+        return dict(seen)
+
+    def intervene(self, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> AbstractContextManager[Any]:
+        """A block in which `edits` (site name → function of the activation) change every forward pass."""
+        return self.model.sites.edit(dict(edits))
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `load` and `transformers` read: config.json, model.safetensors, tokenizer.json."""
+        from headspring.models.dialects import export_huggingface
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        export_huggingface(self.model, folder)
+        self.tokenizer.save(folder)
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"LanguageModel({parameters:,} parameters, {self.tokenizer!r}, context {self.context}, {self.device})"
+
+
+def _load_weights(source: str | Path, revision: str | None) -> tuple[Any, Path]:
+    """The module, and the folder that has its tokenizer."""
+    if isinstance(source, Path) and _is_native(source):
+        return load_model(source), source
+    raise NotImplementedError

@@ -1,0 +1,61 @@
+"""What a stage is, to the line: nouns only. `stages.py` holds the table of the real ones."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headspring.artifacts.value import Value
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage's function is given.
+
+    `inputs` maps a role to the folder that fills it. `files` are the paths from outside the run which the recipe names
+    and the line checks (evaluation sets). `folder` is where the stage writes; it may hold the `checkpoints/` of an
+    earlier attempt with the same cache key.
+    """
+
+    config: Any
+    inputs: Mapping[str, Path]
+    folder: Path
+    seed: int
+    files: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage is expected to cost; None where it is not known before the stages above have run."""
+
+    seconds: float | None = None
+    tokens: float | None = None
+    parameters: float | None = None
+    flops: float | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of step of the line.
+
+    A raised `revision` says that the same config and inputs now give another artifact: folders of an older one are
+    made again. `inputs` maps a role to the kinds that can fill it; the nearest stage above with such a kind does.
+    """
+
+    kind: str
+    revision: int
+    config: Callable[[], type[Value]]  # a function, so that listing the stages imports no room
+    run: Callable[[Context], dict[str, Any]]  # returns the metrics
+    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    training: bool = False  # continues from its folder's checkpoints/, and runs on every rank under torchrun
+    model: bool = False  # its folder is a model that generate, chat and evaluate can load
+    each_model: bool = False  # one step for each model stage above, not one
+    reads_evaluation_files: bool = False  # is given the files of every evaluation of the recipe (decontamination)
+    files: Callable[[Any], Sequence[str]] = lambda config: ()  # paths from outside the run that its config names
+    fingerprint: Callable[[Any], str | None] = lambda config: None  # of other outside things it reads; None: nothing
+    before_training: Callable[[Any], Any] | None = None  # config for the untrained model; None: it is not evaluated
+    summary: Callable[[Mapping[str, Any]], str] = lambda metrics: ""  # what came out, in a few words
+    estimate: Callable[[Any, Mapping[str, Any]], Estimate] = lambda config, configs: Estimate()
+
+
+Registry = Mapping[str, Stage]

@@ -1,0 +1,110 @@
+"""Multi-head causal attention with grouped key–value heads (arXiv 2305.13245) and optional QK-norm (arXiv 2010.04245)."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from headspring.artifacts.value import Value
+from headspring.models import kernels
+from headspring.models.attend import Context, attend, attend_plain
+from headspring.models.norm import RMSNorm, RMSNormModule
+from headspring.models.part import Cost, Linear, PartModule
+from headspring.models.position import NoPE, RoPE
+from headspring.models.state import KeyValueState
+
+Position = Annotated[RoPE | NoPE, Field(discriminator="kind")]
+
+
+class Attention(Value):
+    """`heads` query heads share `kv_heads` keys and values (default: as many). `head_dim` defaults to width / heads.
+
+    `qk_norm` normalises each head's query and key before the rotation. `bias` puts biases on q, k and v.
+    """
+
+    kind: Literal["attention"] = "attention"
+    heads: int = Field(4, gt=0)
+    kv_heads: int | None = Field(None, gt=0)
+    head_dim: int | None = Field(None, gt=0)
+    position: Position = RoPE()
+    qk_norm: RMSNorm | None = RMSNorm()
+    bias: bool = False
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Attention":
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.head_dim is not None and self.head_dim % 2 and isinstance(self.position, RoPE):
+            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
+        return self
+
+    def build(self, width: int) -> "AttentionModule":
+        return AttentionModule(self, width)
+
+
+class AttentionModule(PartModule):
+    """x (B, T, D) → (B, T, D)."""
+
+    def __init__(self, value: Attention, width: int):
+        super().__init__()
+        if value.head_dim is None and width % value.heads:
+            raise ValueError(f"width ({width}) must be a multiple of heads ({value.heads}), or head_dim be given")
+        self.value = value
+        self.heads, self.kv_heads = value.heads, value.kv_heads or value.heads
+        self.channels = value.head_dim or width // value.heads
+        if isinstance(value.position, RoPE) and self.channels % 2:
+            raise ValueError(f"width / heads ({self.channels}) must be even for rotary positions")
+        self.q = Linear(width, self.heads * self.channels, bias=value.bias)
+        self.k = Linear(width, self.kv_heads * self.channels, bias=value.bias)
+        self.v = Linear(width, self.kv_heads * self.channels, bias=value.bias)
+        self.out = Linear(self.heads * self.channels, width, std=0.0)
+        self.q_norm: RMSNormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
+        self.k_norm: RMSNormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
+
+    def forward(self, x: torch.Tensor, context: Context, state: KeyValueState | None = None) -> torch.Tensor:
+        batch, time, _ = x.shape
+        q = self.q(x).view(batch, time, self.heads, self.channels)
+        k = self.k(x).view(batch, time, self.kv_heads, self.channels)
+        v = self.v(x).view(batch, time, self.kv_heads, self.channels)
+        q, k = self._place(q, self.q_norm, context), self._place(k, self.k_norm, context)
+        q, k, v = self.site("q", q), self.site("k", k), self.site("v", v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if state is not None:
+            k, v = state.append(k, v)
+        y = self._attend(q, k, v, context).transpose(1, 2)
+        y = self.site("heads", y)  # (B, T, H, C)
+        return self.site("out", self.out(y.reshape(batch, time, -1)))
+
+    def _place(self, x: torch.Tensor, norm: RMSNormModule | None, context: Context) -> torch.Tensor:
+        """Normalise and rotate (B, T, H, C)."""
+        if norm is not None:
+            x = norm(x)
+        if isinstance(self.value.position, NoPE):
+            return x
+        return kernels.rotate(x, context.cos, context.sin)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:
+        if not self.shows_pattern:
+            return attend(q, k, v, context.mask, context.causal)
+        _, pattern = attend_plain(q, k, v, context.mask, context.causal)
+        pattern = self.site("pattern", pattern)  # (B, H, T, S) float32
+        return pattern.to(v.dtype) @ v.repeat_interleave(self.heads // self.kv_heads, dim=1)
+
+    def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> KeyValueState:
+        return KeyValueState(batch, self.kv_heads, capacity, self.channels, dtype, device)
+
+    def cost(self, name: str, context_length: int) -> Cost:
+        """Scores and values count the causal half: a query sees (context_length + 1) / 2 keys on average."""
+        keys = (context_length + 1) / 2
+        pattern = Cost("pattern", 0, 4.0 * self.heads * self.channels * keys, 2.0 * self.heads * self.channels)
+        parts = [self.q.cost("q"), self.k.cost("k"), self.v.cost("v"), pattern, self.out.cost("out")]
+        if self.q_norm is not None and self.k_norm is not None:
+            for label, norm, heads in (("q_norm", self.q_norm, self.heads), ("k_norm", self.k_norm, self.kv_heads)):
+                one = norm.cost(label)
+                activation = one.activation_bytes * heads
+                parts.append(Cost(label, one.parameters, one.flops * heads, activation, 0.0, one.shape))
+        if isinstance(self.value.position, RoPE):
+            rotated = (self.heads + self.kv_heads) * self.channels
+            parts.append(Cost("rotate", 0, 3.0 * rotated))
+        parts.append(Cost("cache", state_bytes=2.0 * 2 * self.kv_heads * self.channels))
+        return Cost.sum(name, tuple(parts), f"{self.heads} heads of {self.channels}, {self.kv_heads} key–value")

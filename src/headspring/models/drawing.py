@@ -1,0 +1,38 @@
+"""A model as a person would draw it: its parts with shapes, parameters and FLOPs per token; equal layers drawn once."""
+
+from headspring.models.part import Cost
+
+
+def draw(cost: Cost) -> str:
+    """A text table of the ledger."""
+    rows = [("part", "shape", "parameters", "FLOPs/token", "state B/token")]
+    _rows(cost, 0, rows)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        left = "  ".join(cell.ljust(width) for cell, width in zip(row[:2], widths[:2]))
+        right = "  ".join(cell.rjust(width) for cell, width in zip(row[2:], widths[2:]))
+        lines.append(f"{left}  {right}".rstrip())
+    return "\n".join(lines)
+
+
+def _rows(cost: Cost, depth: int, rows: list[tuple[str, ...]]) -> None:
+    rows.append(
+        ("  " * depth + cost.name, cost.shape, f"{cost.parameters:,}", f"{cost.flops:,.0f}", f"{cost.state_bytes:,.0f}")
+    )
+    children = list(cost.children)
+    while children:
+        first = children.pop(0)
+        same = 1
+        while children and _shape(children[0]) == _shape(first):
+            children.pop(0)
+            same += 1
+        if same > 1:
+            rows.append(("  " * (depth + 1) + f"{same} × the same, each:", "", "", "", ""))
+        _rows(first, depth + 1, rows)
+
+
+def _shape(cost: Cost) -> tuple:
+    return (cost.parameters, cost.flops, cost.shape, tuple(_shape(child) for child in cost.children)) + (
+        () if cost.name.startswith("layers.") else (cost.name,)
+    )

@@ -1,0 +1,65 @@
+"""A model as a folder: `config.json` (the value tree) and `model.safetensors` (weights under the module's own names)."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from headspring.artifacts.errors import CorruptArtifact, UserError
+from headspring.artifacts.files import read_json, write_atomic, write_json
+from headspring.models.decoder import Decoder, DecoderModule
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FORMAT = "headspring"
+
+
+def save_model(model: DecoderModule, folder: Path) -> None:
+    """Write config and weights, atomically. The config records the hash of the weights."""
+    folder = Path(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = save(tensors, metadata={"format": "pt"})
+    write_atomic(folder / WEIGHTS, content)
+    digest = hashlib.sha256(content).hexdigest()
+    write_json(folder / CONFIG, {"format": FORMAT, "weights_sha256": digest, "model": model.config.model_dump(mode="json")})
+
+
+def is_native(folder: Path) -> bool:
+    """Whether `folder` holds a model in this format."""
+    try:
+        return read_json(Path(folder) / CONFIG).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def load_model(folder: Path, device: str | torch.device = "cpu") -> DecoderModule:
+    """The model of a folder, parameters in the dtype they were saved in.
+
+    Raises `UserError` where there is none, `CorruptArtifact` where weights and config do not belong together.
+    """
+    folder = Path(folder)
+    if not is_native(folder):
+        raise UserError(f"{folder}: no Headspring model here ({CONFIG} with format {FORMAT!r} is missing)")
+    description = read_json(folder / CONFIG)
+    try:
+        config = Decoder.model_validate(description["model"])
+    except (KeyError, ValidationError) as error:
+        raise CorruptArtifact(f"{folder / CONFIG}: not a model description ({json.dumps(str(error))[:120]})") from error
+    model = DecoderModule(config)
+    try:
+        content_hash = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CorruptArtifact(f"{folder / WEIGHTS}: cannot be read ({error})") from error
+    if content_hash != description.get("weights_sha256"):
+        raise CorruptArtifact(f"{folder / WEIGHTS}: content differs from the hash in {CONFIG}")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        wrong = sorted(set(expected.items()) ^ set(found.items()))
+        raise CorruptArtifact(f"{folder / WEIGHTS}: tensors do not fit the config: {wrong[:4]}")
+    model.load_state_dict(tensors, assign=True)
+    return model.to(device)

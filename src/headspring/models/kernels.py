@@ -1,0 +1,114 @@
+"""The few element-wise steps of a block that cost more than its matrix products on a CPU, each as one operator.
+
+Every operator has a plain version in torch, which is its definition and its reference in the tests. Where the system has
+a C++ compiler, `native.cpp` is built once (a few seconds, cached by source and processor) and used for float32 and bfloat16
+tensors on the CPU; elsewhere, and under `torch.compile` (which fuses the plain text itself), the plain version runs.
+Both keep statistics in float32 and round once at the end. What this gives up: one more file, and a last-bit difference
+between the two kernel sets, which is why `numerics_id()` names the one in use.
+"""
+
+import os
+
+import torch
+from torch.nn.functional import silu
+
+from headspring.models import native
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def numerics_id() -> str:
+    """Which kernel set computes: results are comparable bit for bit only under the same one."""
+    return f"native-{native.digest()}" if library() is not None else "plain"
+
+
+def library() -> "native.Library | None":
+    if os.environ.get("HEADSPRING_KERNELS") == "plain":
+        return None
+    return native.library()
+
+
+def use_native(x: torch.Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype in NATIVE_DTYPES
+        and library() is not None
+    )
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x / sqrt(mean(x²) + epsilon) · weight over the last dimension, in float32, returned in the dtype of `x`."""
+    if use_native(x):
+        return _RMSNorm.apply(x, weight, epsilon)
+    return rms_norm_plain(x, weight, epsilon)
+
+
+def rms_norm_plain(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """The definition of `rms_norm`."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * weight.float()).to(x.dtype)
+
+
+def silu_multiply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) ⊙ up, in float32, returned in the dtype of `gate`."""
+    if use_native(gate):
+        return _SiluMultiply.apply(gate, up)
+    return silu_multiply_plain(gate, up)
+
+
+def silu_multiply_plain(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The definition of `silu_multiply`."""
+    return (silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the channel pairs (c, c + C/2) of x (B, T, H, C) by the angles of cos and sin (B or 1, T, C/2) float32."""
+    if use_native(x):
+        return _Rotate.apply(x, cos, sin)
+    return rotate_plain(x, cos, sin)
+
+
+def rotate_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The definition of `rotate`."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, epsilon):
+        x, weight = x.contiguous(), weight.contiguous()
+        y, scale = library().rms_norm(x, weight.float(), epsilon)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, scale = ctx.saved_tensors
+        grad_x, grad_weight = library().rms_norm_backward(gradient.contiguous(), x, weight.float(), scale)
+        return grad_x, grad_weight.to(weight.dtype), None
+
+
+class _SiluMultiply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return library().silu_multiply(gate, up)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return library().silu_multiply_backward(gradient.contiguous(), *ctx.saved_tensors)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return library().rotate(x.contiguous(), cos, sin, inverse=False)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return library().rotate(gradient.contiguous(), *ctx.saved_tensors, inverse=True), None, None

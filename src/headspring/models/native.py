@@ -1,0 +1,121 @@
+"""Builds and calls `native.cpp`: plain C functions on pointers, through ctypes.
+
+Why not `torch.utils.cpp_extension`: it includes torch's headers, takes most of a minute and needs ninja. This takes a few
+seconds, needs only `g++` or `clang++`, and the library does not depend on torch's version. Without a compiler, or where
+the build fails, `library()` is None and everything runs on the plain versions.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from headspring.artifacts.environment import processor_name
+
+SOURCE = Path(__file__).with_name("native.cpp")
+# Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning, which -ffast-math would not promise.
+FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
+)
+
+
+@functools.cache
+def digest() -> str:
+    """Names the build: source, flags, processor, compiler's version."""
+    machine = f"{processor_name()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    key = SOURCE.read_bytes() + " ".join(FLAGS).encode() + machine.encode()
+    return hashlib.sha256(key).hexdigest()[:12]
+
+
+def cache_folder() -> Path:
+    """Where builds are kept between runs."""
+    base = os.environ.get("HEADSPRING_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "headspring"
+
+
+@functools.cache
+def library() -> "Library | None":
+    """The built library, or None where it cannot be built here."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or platform.system() != "Linux":
+        return None
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"native-{digest()}.so"
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                built = Path(temporary) / path.name
+                command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+                subprocess.run(command, check=True, capture_output=True, timeout=120)
+                os.replace(built, path)
+        return Library(ctypes.CDLL(str(path)))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+class Library:
+    """One method an operator. Tensors are contiguous, on the CPU, float32 or bfloat16; statistics are float32."""
+
+    def __init__(self, handle: ctypes.CDLL):
+        self._handle = handle
+
+    def _call(self, name: str, dtype: torch.dtype, *arguments) -> None:
+        suffix = "bf16" if dtype == torch.bfloat16 else "f32"
+        converted = [_pointer(a) if isinstance(a, torch.Tensor) else _scalar(a) for a in arguments]
+        getattr(self._handle, f"{name}_{suffix}")(ctypes.c_int(torch.get_num_threads()), *converted)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+        y, rows = torch.empty_like(x), x.numel() // x.shape[-1]
+        scale = torch.empty(rows, dtype=torch.float32)
+        self._call("rms_norm", x.dtype, x, weight, y, scale, rows, x.shape[-1], epsilon)
+        return y, scale
+
+    def rms_norm_backward(
+        self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        grad_x, width = torch.empty_like(x), x.shape[-1]
+        partial = torch.zeros(torch.get_num_threads(), width)
+        self._call("rms_norm_backward", x.dtype, gradient, x, weight, scale, grad_x, partial, scale.numel(), width)
+        return grad_x, partial.sum(0)
+
+    def silu_multiply(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(gate)
+        self._call("silu_multiply", gate.dtype, gate, up, y, gate.numel())
+        return y
+
+    def silu_multiply_backward(
+        self, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        self._call("silu_multiply_backward", gate.dtype, gradient, gate, up, grad_gate, grad_up, gate.numel())
+        return grad_gate, grad_up
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inverse: bool) -> torch.Tensor:
+        y = torch.empty_like(x)
+        batch, time, heads, channels = x.shape
+        row_stride = 0 if cos.shape[0] == 1 else time
+        self._call("rotate", x.dtype, x, cos, sin, y, batch, time, heads, channels, row_stride, int(inverse))
+        return y
+
+    def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
+        """−log softmax(logits)[target] (N,) float32; `logits` (N, V) becomes (softmax − one-hot) · scale in place."""
+        losses = torch.empty(logits.shape[0], dtype=torch.float32)
+        self._call("cross_entropy", logits.dtype, logits, targets, losses, *logits.shape, scale)
+        return losses
+
+
+def _scalar(value: int | float):
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)

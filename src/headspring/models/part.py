@@ -1,0 +1,115 @@
+"""What every part of a model has in common: a value that describes it and a module that computes it.
+
+A value (`Attention(heads=4)`) is frozen and serialisable. `value.build(width)` gives the module. A module declares a
+`ParameterRule` for each parameter it owns, and its cost for the ledger; `Decoder.build` refuses a parameter without a rule,
+so that nothing can be left uninitialised, untrained or unexported.
+
+Shape letters used in this room: B batch, T time (queries), S time (keys), D width, H heads, K key–value heads,
+C channels of a head, F hidden width of the feed-forward, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+Group = Literal["matrix", "embedding", "head", "vector"]
+
+
+@dataclass(frozen=True)
+class ParameterRule:
+    """How a parameter starts and which optimizer group trains it.
+
+    `matrix` parameters are hidden matrices (Muon's domain), `vector` gains and biases.
+    """
+
+    init: Callable[[torch.Tensor, torch.Generator], object]
+    group: Group
+
+
+def normal(std: float) -> Callable[[torch.Tensor, torch.Generator], object]:
+    """Gaussian with mean 0."""
+    return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
+
+
+def constant(value: float) -> Callable[[torch.Tensor, torch.Generator], object]:
+    """Every element the same."""
+    return lambda tensor, generator: tensor.fill_(value)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one part costs in a forward pass.
+
+    `flops` multiply–adds count two, per token; `activation_bytes` that a backward pass keeps, per token, at two bytes an
+    element; `state_bytes` of the cache, per token, at two bytes an element. `children` sum to the part.
+    """
+
+    name: str
+    parameters: int = 0
+    flops: float = 0.0
+    activation_bytes: float = 0.0
+    state_bytes: float = 0.0
+    shape: str = ""
+    children: tuple["Cost", ...] = ()
+
+    @staticmethod
+    def sum(name: str, children: "tuple[Cost, ...]", shape: str = "") -> "Cost":
+        def total(field: str) -> float:
+            return sum(getattr(child, field) for child in children)
+
+        return Cost(
+            name,
+            int(total("parameters")),
+            total("flops"),
+            total("activation_bytes"),
+            total("state_bytes"),
+            shape,
+            children,
+        )
+
+
+class PartModule(nn.Module):
+    """A module with rules for its own parameters (not its children's), a cost, and sites that can be observed.
+
+    `shows_pattern` asks attention to compute its pattern as a tensor, which the fused kernel never does.
+    """
+
+    shows_pattern = False
+    tap: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+
+    def rules(self) -> dict[str, ParameterRule]:
+        """Parameter name → rule, for the parameters this very module owns."""
+        return {}
+
+    def site(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Let an observer read or replace `value`. Free when nobody looks: `tap` is None and compiled away."""
+        return value if self.tap is None else self.tap(name, value)
+
+
+class Linear(PartModule):
+    """y = x Wᵀ + b, computed in the dtype of `x`: the parameters stay in the precision they are trained in."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, std: float | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.std = inputs**-0.5 if std is None else std
+
+    def rules(self) -> dict[str, ParameterRule]:
+        weight = constant(0.0) if self.std == 0 else normal(self.std)
+        rules = {"weight": ParameterRule(weight, "matrix")}
+        if self.bias is not None:
+            rules["bias"] = ParameterRule(constant(0.0), "vector")
+        return rules
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+    def cost(self, name: str) -> Cost:
+        outputs, inputs = self.weight.shape
+        parameters = self.weight.numel() + (0 if self.bias is None else outputs)
+        return Cost(name, parameters, 2.0 * inputs * outputs, 2.0 * inputs, 0.0, f"{inputs} → {outputs}")

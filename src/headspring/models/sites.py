@@ -1,0 +1,85 @@
+"""Sites: the named places in a model's forward pass that can be looked at or changed.
+
+    embed · layers.i.residual.{pre,mid,post} · layers.i.mixer.{q,k,v,pattern,heads,out} · layers.i.mlp.{gate,act,out} · final
+
+`attention` is an alias of `mixer` where the mixer is attention. Nothing is recomputed and no hook is installed while
+nobody looks: a module's `tap` is None then. Shapes: residual, out, embed, final (B, T, D); q, k, v, heads (B, T, H, C)
+with queries and keys as attention sees them (normalised and rotated); pattern (B, H, T, S); gate, act (B, T, F).
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from headspring.artifacts.errors import UserError
+from headspring.models.part import PartModule
+
+Edit = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Sites:
+    """The sites of one model. `owners` maps a prefix ("layers.0.mixer") to the module that has them."""
+
+    def __init__(self, owners: Mapping[str, tuple[PartModule, tuple[str, ...]]]):
+        self._owners = dict(owners)
+        self.names = tuple(self._join(prefix, name) for prefix, (_, names) in owners.items() for name in names)
+
+    @staticmethod
+    def _join(prefix: str, name: str) -> str:
+        return f"{prefix}.{name}" if prefix else name
+
+    def resolve(self, name: str) -> str:
+        """The canonical name, with aliases replaced. Raises `UserError` with the nearest name for an unknown one."""
+        canonical = name.replace(".attention.", ".mixer.")
+        if canonical not in self.names:
+            near = difflib.get_close_matches(canonical, self.names, 1)
+            raise UserError(f"no site named {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return canonical
+
+    @contextmanager
+    def capture(self, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Inside the block, every forward pass stores the activation of each named site under the name as given."""
+        wanted = {self.resolve(name): name for name in names}
+        seen: dict[str, torch.Tensor] = {}
+
+        def look(site: str, value: torch.Tensor) -> torch.Tensor:
+            seen[wanted[site]] = value
+            return value
+
+        with self._tapped(wanted, look):
+            yield seen
+
+    @contextmanager
+    def edit(self, edits: Mapping[str, Edit]) -> Iterator[None]:
+        """Inside the block, each named site's activation is replaced by what its function makes of it."""
+        functions = {self.resolve(name): function for name, function in edits.items()}
+        with self._tapped(functions, lambda site, value: functions[site](value)):
+            yield
+
+    @contextmanager
+    def _tapped(self, sites: Iterable[str], see: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Put a tap on every owner of one of the `sites`, after the taps that are there already."""
+        sites = set(sites)
+        before = []
+        for prefix, (module, names) in self._owners.items():
+            mine = {name: self._join(prefix, name) for name in names if self._join(prefix, name) in sites}
+            if mine:
+                before.append((module, module.tap, module.shows_pattern))
+                module.tap = _chain(module.tap, mine, see)
+                module.shows_pattern |= "pattern" in mine
+        try:
+            yield
+        finally:
+            for module, tap, shows_pattern in reversed(before):
+                module.tap, module.shows_pattern = tap, shows_pattern
+
+
+def _chain(first: Callable | None, mine: Mapping[str, str], see: Callable) -> Callable:
+    def tap(name: str, value: torch.Tensor) -> torch.Tensor:
+        if first is not None:
+            value = first(name, value)
+        return see(mine[name], value) if name in mine else value
+
+    return tap

@@ -1,0 +1,82 @@
+"""What all tests share: shards of the slow ones, no unlisted skip in CI, and one smoke run of the whole line.
+
+`--shard i/n` orders the selected tests by a hash of their id and keeps every n-th, so shards are stable, of equal
+count, and never empty while there are n tests.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED_SKIPS = ROOT / "tests" / "allowed_skips.txt"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="0/1", help="i/n: run only shard i (from 0) of n")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have selected
+def pytest_collection_modifyitems(config, items):
+    index, _, count = config.getoption("--shard").partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise pytest.UsageError(f"--shard {index}/{count}: want i/n with 0 <= i < n")
+    if int(count) == 1:
+        return
+    by_hash = sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+    kept = set(map(id, by_hash[int(index) :: int(count)]))
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
+def unlisted_skips(skipped, patterns):
+    """The "id: reason" lines that no pattern matches."""
+    return [line for line in skipped if not any(re.search(pattern, line) for pattern in patterns)]
+
+
+def skip_patterns(path=ALLOWED_SKIPS):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _skip_lines(config):
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    for report in reporter.stats.get("skipped", []) if reporter else []:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        yield f"{report.nodeid}: {reason}"
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if os.environ.get("CI") and exitstatus in (0, 5) and unlisted_skips(_skip_lines(session.config), skip_patterns()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not os.environ.get("CI"):
+        return
+    for line in unlisted_skips(_skip_lines(config), skip_patterns()):
+        terminalreporter.write_line(f"SKIP NOT ALLOWED (tests/allowed_skips.txt): {line}", red=True)
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory):
+    """A world in which documented commands run as written: `recipes/` and a finished `runs/quickstart`.
+
+    `recipes/quickstart.yaml` there is the smoke recipe under the quickstart's name. Returns the world's folder.
+    """
+    world = tmp_path_factory.mktemp("world")
+    (world / "recipes").mkdir()
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        (world / "recipes" / recipe.name).write_bytes(recipe.read_bytes())
+    smoke = (ROOT / "recipes" / "smoke.yaml").read_text(encoding="utf-8")
+    smoke = re.sub(r"(?m)^recipe:.*$", "recipe: quickstart", smoke)
+    (world / "recipes" / "quickstart.yaml").write_text(smoke, encoding="utf-8")
+    command = [sys.executable, "-m", "headspring.cli", "run", "recipes/quickstart.yaml"]
+    done = subprocess.run(command, cwd=world, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return world
