@@ -76,7 +76,7 @@ def smoke_run(tmp_path_factory):
     smoke = (ROOT / "recipes" / "smoke.yaml").read_text(encoding="utf-8")
     smoke = re.sub(r"(?m)^recipe:.*$", "recipe: quickstart", smoke)
     (world / "recipes" / "quickstart.yaml").write_text(smoke, encoding="utf-8")
-    command = [sys.executable, "-m", "headspring.cli", "run", "recipes/quickstart.yaml"]
+    command = [str(Path(sys.executable).with_name("headspring")), "run", "recipes/quickstart.yaml"]
     done = subprocess.run(command, cwd=world, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return world

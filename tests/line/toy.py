@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -25,7 +25,7 @@ class Files(Value):
 
 
 class DataConfig(Value):
-    sources: str | dict[str, Stdlib | Files] = Field(default_factory=dict)
+    sources: str | dict[str, Annotated[Stdlib | Files, Field(discriminator="kind")]] = Field(default_factory=dict)
     text: str = "the corpus"
 
 
@@ -102,7 +102,7 @@ def evaluate(context: Context) -> dict:
     calls.append(context.folder.name.removesuffix(".partial"))
     weights = (context.inputs["model"] / "weights").read_text()
     (context.folder / "answers.txt").write_text(weights)
-    return {"weights": weights, "tasks": context.config.tasks}
+    return {"weights": weights, "asked": context.config.tasks}
 
 
 STAGES = {

@@ -78,7 +78,7 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def readable_paths() -> list[str]:
-    """What a program may read: the interpreter, its packages, shared libraries, and a few harmless devices and facts."""
+    """What a program may read: the interpreter, its packages, shared libraries, a few harmless devices and facts."""
     python = [sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(os.path.realpath(sys.executable))]
     system = ["/usr", "/lib", "/lib32", "/lib64", "/bin", "/nix/store", "/etc/ld.so.cache", "/etc/localtime"]
     facts = ["/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu", "/dev/urandom", "/dev/random", "/dev/zero"]

@@ -1,8 +1,8 @@
 """One process at a time in a folder.
 
-An advisory lock (`flock`) on `FOLDER/.lock`, held by the open file: the system drops it when the process ends, however
-it ends, so a `kill -9` leaves nothing to clean up. The file's content, the holder's process id, is only for the message.
-What it gives up: network file systems without `flock`, where two machines could still meet.
+An advisory lock (`flock`) on `FOLDER/.lock`, held by the open file: the system drops it when the process ends,
+however it ends, so a `kill -9` leaves nothing to clean up. The file's content, the holder's process id, is only for
+the message. What it gives up: network file systems without `flock`, where two machines could still meet.
 """
 
 import os
@@ -15,7 +15,7 @@ from headspring.artifacts.errors import UserError
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for the length of the block. Raises `UserError`, naming the holder, where another process has it."""
+    """Hold `folder` for the length of the block. Raises `UserError` that names the process which has it already."""
     import fcntl  # POSIX only
 
     path = Path(folder) / ".lock"

@@ -286,14 +286,14 @@ class _Server:
 
 def _environment() -> dict[str, str]:
     """All that a program may see: no keys, no tokens, no home. One thread for numerical libraries."""
-    threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC", **threads}
 
 
 def _read(stream: IO[bytes], seconds: float) -> dict[str, Any] | None:
     """The server's next message; None when it is gone or silent for `seconds`."""
     ready, _, _ = select.select([stream], [], [], seconds)
-    return sandbox_server.read_message(stream) if ready else None  # type: ignore[arg-type]
+    return sandbox_server.read_message(stream) if ready else None
 
 
 def _stream(stream: IO[bytes] | None) -> IO[bytes]:

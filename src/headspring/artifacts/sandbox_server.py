@@ -22,7 +22,7 @@ import time
 import traceback
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 MEMORY_EXIT = 91  # how the fork says that MemoryError ended the program
 SETUP_EXIT = 92  # how it says that it could not isolate itself, and so ran nothing
@@ -30,7 +30,7 @@ OPEN_FILES, FILE_BYTES, FOLDER_BYTES = 64, 16 << 20, 64 << 20
 LOOK_SECONDS = 0.05
 
 
-def read_message(stream: BinaryIO) -> dict[str, Any] | None:
+def read_message(stream: IO[bytes]) -> dict[str, Any] | None:
     """The next message, None at the end of the stream."""
     head = stream.read(4)
     if len(head) < 4:
@@ -39,7 +39,7 @@ def read_message(stream: BinaryIO) -> dict[str, Any] | None:
     return json.loads(stream.read(length))
 
 
-def write_message(stream: BinaryIO, message: dict[str, Any]) -> None:
+def write_message(stream: IO[bytes], message: dict[str, Any]) -> None:
     body = json.dumps(message).encode()
     stream.write(struct.pack("=I", len(body)) + body)
     stream.flush()

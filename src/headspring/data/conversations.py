@@ -14,30 +14,15 @@ it would train an answer without its question or a question without its answer.
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from headspring.artifacts import UserError
 from headspring.data.batch import IGNORE, Sample, Visit
-from headspring.data.permutation import permutation
+from headspring.data.permutation import Permutation, permutation
 from headspring.data.tasks import Task
 from headspring.text.chat import Message
-
-
-class _Rendered(Protocol):
-    @property
-    def ids(self) -> Sequence[int]: ...
-    @property
-    def trained(self) -> Sequence[bool]: ...
-
-
-class ConversationTokenizer(Protocol):
-    """What this module needs of a `Tokenizer`."""
-
-    @property
-    def pad_id(self) -> int | None: ...
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> _Rendered: ...
+from headspring.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,9 +48,7 @@ class Rendering:
     dropped: int
 
 
-def render_targets(
-    tokenizer: ConversationTokenizer, messages: Sequence[Message]
-) -> tuple[np.ndarray, np.ndarray]:
+def render_targets(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
     """A conversation's inputs and response-only targets: (n,) int64 each, n = its tokens − 1."""
     rendered = tokenizer.render(messages)
     ids = np.asarray(rendered.ids, dtype=np.int64)
@@ -73,7 +56,7 @@ def render_targets(
     return ids[:-1], np.where(trained[1:], ids[1:], IGNORE)
 
 
-def render_tasks(tokenizer: ConversationTokenizer, tasks: Sequence[Task], sequence_length: int) -> Rendering:
+def render_tasks(tokenizer: Tokenizer, tasks: Sequence[Task], sequence_length: int) -> Rendering:
     """The tasks' conversations of at most `sequence_length` inputs, in order; longer ones are dropped and counted.
 
     Raises `UserError` where nothing is left, or where a conversation has no trained token (it could teach nothing)."""
@@ -85,9 +68,7 @@ def render_tasks(tokenizer: ConversationTokenizer, tasks: Sequence[Task], sequen
         if len(inputs) <= sequence_length:
             conversations.append(Conversation(inputs, targets, task.document_id, task.byte_start, task.byte_end))
     if not conversations:
-        raise UserError(
-            f"none of {len(tasks)} conversations fits into {sequence_length} tokens; raise sequence_length or mine shorter tasks"
-        )
+        raise UserError(f"none of {len(tasks)} conversations fits into {sequence_length} tokens; raise sequence_length")
     return Rendering(tuple(conversations), len(tasks) - len(conversations))
 
 
@@ -116,7 +97,7 @@ class PackedConversations:
     def __init__(
         self,
         tasks: Sequence[Task],
-        tokenizer: ConversationTokenizer,
+        tokenizer: Tokenizer,
         sequence_length: int,
         seed: int = 0,
         num_samples: int | None = None,
@@ -155,7 +136,7 @@ class PackedConversations:
         return Sample(inputs, targets, segments)
 
     def where(self, document_id: str) -> list[Visit]:
-        """Every visit among the `num_samples` samples: a conversation's inputs, and the bytes its task was made from."""
+        """Every visit among the `num_samples` samples: a conversation's inputs, the bytes its task was made from."""
         visits = []
         for row, items in enumerate(self._bins):
             start = 0
@@ -174,5 +155,5 @@ class PackedConversations:
         found = [epoch * self.rows + self._order(epoch).inverse(row) for epoch in range(epochs)]
         return [sample for sample in found if sample < self.num_samples]
 
-    def _order(self, epoch: int):
+    def _order(self, epoch: int) -> Permutation:
         return permutation(self.rows, "conversations", self.seed, epoch)

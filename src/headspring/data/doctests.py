@@ -11,12 +11,25 @@ import doctest
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_BUILTINS = frozenset(dir(builtins)) - {"_", "input", "open", "exec", "eval", "breakpoint", "exit", "quit", "print", "help"}
-PURE_MODULES = frozenset(
-    """array ast base64 binascii bisect calendar cmath collections copy dataclasses datetime decimal difflib enum
-    fractions functools hashlib heapq html ipaddress itertools json keyword math numbers operator re reprlib shlex
-    statistics string struct textwrap types typing unicodedata urllib zlib""".split()
-)  # standard library modules whose results depend on nothing but the arguments
+_BUILTINS = frozenset(dir(builtins)) - {
+    "_",
+    "input",
+    "open",
+    "exec",
+    "eval",
+    "breakpoint",
+    "exit",
+    "quit",
+    "print",
+    "help",
+}
+# Standard library modules whose results depend on nothing but the arguments.
+_PURE = """
+    array ast base64 binascii bisect calendar cmath collections copy dataclasses datetime decimal difflib enum fractions
+    functools hashlib heapq html ipaddress itertools json keyword math numbers operator re reprlib shlex statistics
+    string struct textwrap types typing unicodedata urllib zlib
+"""
+PURE_MODULES = frozenset(_PURE.split())
 _UNSTABLE = ("...", " at 0x", "object at", "<", ">>>")  # output that depends on the machine or is not a value
 _UNDERSTOOD = (ast.Import, ast.ImportFrom, ast.Assign, ast.AugAssign, ast.Expr)
 _IMPORTS = (ast.Import, ast.ImportFrom)
@@ -69,7 +82,7 @@ def _single_statement(source: str) -> ast.stmt | None:
 
 
 def _setup(statement: ast.stmt, history: list[ast.stmt]) -> str:
-    """The lines of `history` that `statement` needs, in order. A bare expression on a needed object may change it: kept."""
+    """The lines of `history` that `statement` needs, in order. A bare expression on a needed object may change it."""
     modules = {name for earlier in history if isinstance(earlier, _IMPORTS) for name in _bound_names(earlier)}
     needed, lines = _free_names(statement) - _BUILTINS, []
     for earlier in reversed(history):

@@ -3,8 +3,8 @@
 A module is parsed with `ast`, never imported. Every function short enough to stand in a prompt becomes a `Function`:
 its own source text (docstring taken out, indentation removed) and the facts a reader could find in that text. The byte
 span leads back to the document. Names, defaults and expressions are slices of the source, not `ast.unparse` output, so
-that an answer is always written the way the prompt writes it. What this gives up: documents that do not parse (Python 2,
-fragments of a file) yield nothing, and a fact spread over several lines is left out.
+that an answer is always written the way the prompt writes it. What this gives up: documents that do not parse (Python
+2, fragments of a file) yield nothing, and a fact spread over several lines is left out.
 """
 
 import ast

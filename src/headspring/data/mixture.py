@@ -1,8 +1,8 @@
 """The mixture: which source sample i comes from, as a function with an exact inverse.
 
 How: the j-th sample of a source with weight w is due at time (j + ½) / w; the run is all samples in the order in which
-they are due, ties going to the source named first. So every prefix of the run holds the sources in the asked
-proportion, to within half a sample for each source, and both directions, `locate(i) → (source, k)` and
+they are due, ties going to the first source. So every prefix of the run holds the sources in the asked proportion: none
+of S sources is ever more than (S + 1) / 2 samples off its share. Both directions, `locate(i) → (source, k)` and
 `index(source, k) → i`, are closed formulas in whole numbers. A curriculum is a list of such phases; a source goes on in
 the next phase at the sample where it stopped.
 
@@ -64,12 +64,12 @@ class Mixture(Value):
         return self
 
     def schedule(self, sizes: Mapping[str, int], num_samples: int) -> "Schedule":
-        """The run of `num_samples` samples over sources of `sizes` samples an epoch each (1 or more).
+        """The run of `num_samples` samples over sources of `sizes` samples an epoch each.
 
         Raises `UserError` for a source that `sizes` does not have."""
         names = tuple(sizes)
-        self.sources(names)
-        base = dict(self.weights) if self.weights is not None else dict(sizes)
+        self.named(names)
+        base: Weights = dict(self.weights) if self.weights is not None else {name: sizes[name] for name in names}
         phases, start = [], 0
         for phase in (*self.curriculum, Phase(until=None, weights=base)):
             end = num_samples if phase.until is None else int(Fraction(str(phase.until)) * num_samples)
@@ -78,15 +78,18 @@ class Mixture(Value):
             start = max(start, end)
         return Schedule(names, phases)
 
-    def sources(self, known: Sequence[str]) -> list[str]:
-        """Those of `known` that have a weight at some time of the run. Raises `UserError` for a name not among them."""
-        weights = [phase.weights for phase in self.curriculum] + ([self.weights] if self.weights else [])
-        for name in (name for mapping in weights for name in mapping):
+    def named(self, known: Sequence[str]) -> list[str]:
+        """Those of `known` that are given a weight above 0. Raises `UserError` for a name that is not among `known`."""
+        mappings = [phase.weights for phase in self.curriculum] + ([self.weights] if self.weights else [])
+        for name in (name for mapping in mappings for name in mapping):
             if name not in known:
-                raise unknown_source(name, known)
-        if self.weights is None and not self._reaches_the_end:
-            return list(known)
-        return [name for name in known if any(mapping.get(name) for mapping in weights)]
+                raise UserError(f"mixture: no source '{name}'; {nearest(name, known, 'the sources are')}")
+        return [name for name in known if any(mapping.get(name) for mapping in mappings)]
+
+    @property
+    def by_size(self) -> bool:
+        """Whether for some part of the run every source counts by its size."""
+        return self.weights is None and not self._reaches_the_end
 
     @property
     def _reaches_the_end(self) -> bool:
@@ -183,17 +186,16 @@ class Schedule:
             for s, name in enumerate(self.names):
                 twig = "└── " if s == len(self.names) - 1 else "├── "
                 count = self._offsets[number + 1][s] - self._offsets[number][s]
-                share, epochs = phase.weights[s] / sum(phase.weights), count / sizes[name]
+                share, epochs = phase.weights[s] / sum(phase.weights), count / sizes[name] if count else 0
                 facts = f"{share:7.2%} {count:>9,} samples {epochs:8.2f} epochs of {tokens[name]:,} tokens"
                 lines.append(f"{bar}{twig}{name:<{width}} {facts if count else 'left out'}")
         return "\n".join(lines)
 
 
-def unknown_source(name: str, known: Sequence[str]) -> UserError:
-    """The error for a source that does not exist, with the nearest name that does."""
+def nearest(name: str, known: Sequence[str], otherwise: str) -> str:
+    """The end of an error about a name that does not exist: the nearest one that does, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else "the sources are " + ", ".join(known)
-    return UserError(f"mixture: no source '{name}'; {hint}")
+    return f"did you mean '{near[0]}'?" if near else f"{otherwise} {', '.join(known)}"
 
 
 def _whole_numbers(weights: Mapping[str, float], names: Sequence[str]) -> list[int]:

@@ -15,17 +15,18 @@ from typing import Literal
 import numpy as np
 
 from headspring.artifacts import UserError
-from headspring.data.batch import Sample, Visit
+from headspring.data.batch import Sample, SampleSource, Visit
 from headspring.data.layout import BestFit, Concatenated, Layout
-from headspring.data.mixture import Mixture
+from headspring.data.mixture import Mixture, nearest
 from headspring.data.permutation import Permutation, permutation
 from headspring.data.shards import TokenShards
+from headspring.data.store import SPLITS
 
 Packing = Literal["concat", "best_fit"]
 
 
-class PackedTokens:
-    """Samples 0 … `num_samples` − 1 of a run over one split of token shards; a `SampleSource`.
+class PackedTokens(SampleSource):
+    """Samples 0 … `num_samples` − 1 of a run over one split of token shards.
 
     `packing`: "concat" cuts the stream every `sequence_length` tokens and loses only each source's last partial row;
     "best_fit" keeps documents whole where they fit and pads. `num_samples` None means one epoch's worth of rows.
@@ -51,11 +52,11 @@ class PackedTokens:
         self._arguments = (shards, split, sequence_length, mixture, seed, packing, num_samples)
         self.shards, self.split, self.sequence_length, self.seed = shards, split, sequence_length, seed
         mixture = mixture or Mixture()
-        names = self._sources(mixture)
-        self.layouts: dict[str, Layout] = {name: self._layout(name, packing) for name in names}
-        sizes = {name: layout.num_rows for name, layout in self.layouts.items()}
-        self.num_samples = sum(sizes.values()) if num_samples is None else num_samples
-        self.schedule = mixture.schedule(sizes, self.num_samples)
+        active, known = self._sources(mixture)
+        self.layouts: dict[str, Layout] = {name: self._layout(name, packing) for name in active}
+        self._sizes = {name: self.layouts[name].num_rows if name in active else 0 for name in known}
+        self.num_samples = sum(self._sizes.values()) if num_samples is None else num_samples
+        self.schedule = mixture.schedule(self._sizes, self.num_samples)
 
     def __reduce__(self):
         return PackedTokens, self._arguments  # a worker process rebuilds it from the shards
@@ -107,8 +108,8 @@ class PackedTokens:
 
     def tree(self) -> str:
         """The mixture of this run, drawn as text."""
-        sizes = {source: layout.num_rows for source, layout in self.layouts.items()}
-        return self.schedule.tree(sizes, {source: self.shards.num_tokens(self.split, source) for source in sizes})
+        tokens = {source: self.shards.num_tokens(self.split, source) for source in self._sizes}
+        return self.schedule.tree(self._sizes, tokens)
 
     def _visits(self, source: str, number: int) -> list[Visit]:
         documents, spans = self.shards.documents(self.split, source), self.shards.spans(self.split, source)
@@ -122,25 +123,27 @@ class PackedTokens:
     def _order(self, source: str, epoch: int) -> Permutation:
         return permutation(self.layouts[source].num_rows, self.seed, self.split, source, epoch)
 
-    def _sources(self, mixture: Mixture) -> list[str]:
-        """The sources that take part: those with a weight; without weights, all of the split."""
+    def _sources(self, mixture: Mixture) -> tuple[list[str], list[str]]:
+        """The sources that take part (those with a weight; without weights, all of the split), and all there are."""
+        if self.split not in SPLITS:
+            raise UserError(f"no split named '{self.split}'; {nearest(self.split, SPLITS, 'the splits are')}")
         present = self.shards.sources(self.split)
         if not present:
             raise UserError(f"the {self.split} split is empty; add text or give it a larger fraction in the data stage")
-        elsewhere = {source for split in self.shards.splits for source in self.shards.sources(split)} - set(present)
-        named = mixture.sources([*present, *sorted(elsewhere)])
-        for name in named if mixture.weights or mixture.curriculum else ():
-            if name in elsewhere:
+        known = sorted({source for split in self.shards.splits for source in self.shards.sources(split)})
+        named = mixture.named(known)
+        for name in named:
+            if name not in present:
                 raise UserError(f"mixture: source '{name}' has no text in the {self.split} split; leave it out")
-        return [name for name in named if name in present]
+        return [name for name in present if mixture.by_size or name in named], known
 
     def _layout(self, source: str, packing: Packing) -> Layout:
         tokens = self.shards.tokens(self.split, source)
         starts = self.shards.documents(self.split, source).token_start
         if packing == "best_fit":
             control = self.shards.control
-            pad = next((control[name] for name in ("pad", "eos") if control[name] is not None), 0)
-            return BestFit(tokens, starts, self.sequence_length, pad)
+            usable = [token for token in (control["pad"], control["eos"]) if token is not None]
+            return BestFit(tokens, starts, self.sequence_length, pad_id=usable[0] if usable else 0)
         if len(tokens) < self.sequence_length:
             raise UserError(
                 f"the {self.split} split of source {source} has {len(tokens):,} tokens, fewer than one sequence of "

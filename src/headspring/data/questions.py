@@ -3,9 +3,9 @@
 They are open-book: the function stands in the prompt, the answer can be found (or counted) in it, so that what training
 raises is the skill of reading and of stopping, not memory, and so that it can be measured on functions never seen. Each
 kind has one checkable answer and several phrasings; the function comes first and the question last, next to the answer.
-`summary` is the exception in form: four docstrings, one of them this function's, chosen by likelihood. `expression` asks
-what Python prints for a small expression over words of the function; true doctests are rare in a standard library (about
-twenty that stand on their own), so that the rate of right outputs needs these beside them, under a name of their own.
+`summary` is the exception in form: four docstrings, one of them this function's, chosen by likelihood. `expression`
+asks what Python prints for a small expression over words of the function; true doctests are rare in a standard library
+(about twenty that stand on their own), so that a rate of right outputs needs these beside them, under their own name.
 """
 
 import random
@@ -187,7 +187,10 @@ def _expression(function: Function, rng: random.Random) -> Built:
         (
             (f"{first!r} + {second!r}", first + second),
             (f"[{first!r}, {second!r}, {third!r}][{index}]", [first, second, third][index]),
-            (f"{first!r} in [{second!r}, {first!r}]" if index else f"{third!r} in [{second!r}, {first!r}]", bool(index)),
+            (
+                f"{first!r} in [{second!r}, {first!r}]" if index else f"{third!r} in [{second!r}, {first!r}]",
+                bool(index),
+            ),
             (f"{first!r}.upper()", first.upper()),
             (f"{first!r}[0]", first[0]),
             (f"[{first!r}] + [{second!r}]", [first, second]),

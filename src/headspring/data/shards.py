@@ -41,7 +41,7 @@ AGAIN = "run the tokens stage again"
 class TokensConfig(Value):
     """`batch_bytes`: text encoded at a time; what bounds the memory of the stage."""
 
-    batch_bytes: int = Field(default=8 << 20, ge=1)
+    batch_bytes: int = Field(default=4 << 20, ge=1)
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,16 @@ def write_tokens(config: TokensConfig, data_folder: Path, tokenizer: Any, folder
     (folder / INDEX).unlink(missing_ok=True)  # an old index must never describe new files
     started, empty = time.perf_counter(), 0
     writers: dict[tuple[str, str], _Writer] = {}
-    with ExitStack() as stack, task("tokens (bytes of text)") as running:
+    kept = sum(row["decision"] == KEEP for row in read_rows(data_folder, ["decision"]))
+    with ExitStack() as stack, task("documents to tokens", total=kept) as running:
         for batch in _batches(data_folder, config.batch_bytes):
             encoded = tokenizer.encode_batch_with_spans([row["text"] for row in batch])
             for row, (ids, spans) in zip(batch, encoded):
                 place = (row["split"], row["source"])
                 if place not in writers:
                     writers[place] = stack.enter_context(_Writer(folder, *place, tokenizer))
-                size = len(row["text"].encode())
-                empty += not writers[place].add(row["id"], ids, spans, size)
-                running.advance(size)
+                empty += not writers[place].add(row["id"], ids, spans, len(row["text"].encode()))
+                running.advance()
     counts = {place: writer.counts for place, writer in sorted(writers.items()) if writer.counts["tokens"]}
     if not counts:
         raise UserError(f"{data_folder}: no document was kept, so there is nothing to tokenize; see its report.json")
@@ -223,8 +223,8 @@ class _Writer:
         self.bos, self.eos = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
         self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
         self._table: dict[str, list[Any]] = {"id": [], "token_start": [], "token_end": [], "bytes": []}
-        self._tokens: IO[bytes] = open(self.folder / "tokens.bin", "wb")
-        self._spans: IO[bytes] = open(self.folder / "spans.bin", "wb")
+        self._tokens: IO[bytes] = open(self.folder / "tokens.bin", "wb")  # noqa: SIM115 (closed in __exit__)
+        self._spans: IO[bytes] = open(self.folder / "spans.bin", "wb")  # noqa: SIM115
 
     def add(self, document_id: str, ids: np.ndarray, spans: np.ndarray, size: int) -> bool:
         """Append `[bos] + ids + [eos]`; False where that is nothing at all. `size` is the text's length in bytes."""

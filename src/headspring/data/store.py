@@ -91,7 +91,7 @@ def write_documents(rows: Iterable[Row | Document], folder: Path, scores: Sequen
     everything = chain([first], stream) if first else iter(())
     with open_atomic(path) as file, pq.ParquetWriter(file, table_schema, compression="zstd") as writer:
         for group in _row_groups(everything):
-            writer.write_table(pa.Table.from_pylist([_encode(row, names) for row in group], table_schema))
+            writer.write_table(pa.Table.from_pylist([encode(row, names) for row in group], table_schema))
     return path
 
 
@@ -121,9 +121,11 @@ def read_documents(folder: Path, split: str | None = None, source: str | None = 
 
 
 def survivors(folder: Path) -> dict[str, str]:
-    """Id of every removed duplicate → id of the kept document that stands for it."""
+    """Id of every removed duplicate → id of the kept document that stands for it.
+
+    A file that was read twice has the same id twice and needs no entry."""
     rows = read_rows(folder, ["id", "survivor"])
-    return {row["id"]: row["survivor"] for row in rows if row["survivor"] is not None}
+    return {row["id"]: row["survivor"] for row in rows if row["survivor"] not in (None, row["id"])}
 
 
 def decode(row: dict[str, Any]) -> Document:
@@ -134,7 +136,8 @@ def decode(row: dict[str, Any]) -> Document:
     return Document(**values)
 
 
-def _encode(row: Row, scores: Sequence[str]) -> dict[str, Any]:
+def encode(row: Row, scores: Sequence[str]) -> dict[str, Any]:
+    """The row as the table stores it."""
     document = row.document
     values: dict[str, Any] = {name: getattr(document, name) for name in DOCUMENT_COLUMNS}
     values["metadata"] = json.dumps(document.metadata, ensure_ascii=False, sort_keys=True)

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from pydantic import Field
 
@@ -32,7 +33,7 @@ class Task:
     """A question with its answer and the rule that checks an answer.
 
     `byte_start`, `byte_end`: the bytes of the document's text (UTF-8) that the question was made from. A `doctest`
-    (or `expression`) task asks for what `expression` prints after `setup` (source lines); the expected output is `answer`."""
+    (or `expression`) task asks what `expression` prints after `setup` (source lines); `answer` is what it should be."""
 
     id: str
     kind: Kind
@@ -69,8 +70,8 @@ def mine(
 ) -> list[Task]:
     """The tasks of these documents, in a seeded order that mixes the kinds.
 
-    `exclude` holds fingerprints (see `fingerprints`) of functions that must not be asked about: those of the documents
-    that another split holds out. Raises `UserError` where the documents hold no task at all."""
+    `exclude` holds what must not be asked about, such as the `fingerprints` of the documents another split holds out.
+    Raises `UserError` where the documents hold no task at all."""
     if not config.kinds:
         raise UserError(f"tasks.kinds is empty; name at least one of {', '.join(TEMPLATES)}")
     miner = _Miner(config, seed, exclude)
@@ -80,19 +81,21 @@ def mine(
         miner.read(document)
     tasks = miner.finish()
     if not tasks:
-        raise UserError("no task could be made from these documents: tasks need Python source or docstrings with doctests")
+        raise UserError(
+            "no task could be made from these documents: tasks need Python source or docstrings with doctests"
+        )
     random.Random(f"order:{seed}").shuffle(tasks)
     return tasks
 
 
 def fingerprints(documents: Iterable[Document], config: TaskConfig) -> set[str]:
-    """Fingerprints of every function in these documents that `config` could ask about; pass them to `mine(exclude=)`."""
-    return {
-        _fingerprint(function)
-        for document in documents
-        if document.kind == "code"
-        for function in functions(document.text, config.max_source)
-    }
+    """Fingerprints of all that `config` could ask about in these documents; pass them to `mine(exclude=)`."""
+    found: set[str] = set()
+    for document in documents:
+        if document.kind == "code":
+            found.update(map(_fingerprint, functions(document.text, config.max_source)))
+        found.update(_fingerprint(example) for example, _, _ in _examples(document))
+    return found
 
 
 def check_answer(task: Task, text: str) -> bool:
@@ -140,7 +143,7 @@ class _Miner:
         if document.kind == "code" and any(kind != "doctest" for kind in self.open_kinds):
             for function in functions(document.text, self.config.max_source):
                 self._ask(document, function, in_document, rng)
-        if "doctest" in self.open_kinds and ">>>" in document.text:
+        if "doctest" in self.open_kinds:
             for example, start, end in _examples(document):
                 self._ask_doctest(document, example, start, end, in_document, rng)
 
@@ -165,10 +168,14 @@ class _Miner:
     def _ask_doctest(
         self, document: Document, example: Example, start: int, end: int, in_document: Counter[Kind], rng: random.Random
     ) -> None:
-        key = f"{example.setup}\n{example.expression}"
-        if key in self.seen or "doctest" not in self.open_kinds or in_document["doctest"] >= self.config.per_document:
+        fingerprint = _fingerprint(example)
+        if (
+            fingerprint in self.seen
+            or "doctest" not in self.open_kinds
+            or in_document["doctest"] >= self.config.per_document
+        ):
             return
-        self.seen.add(key)
+        self.seen.add(fingerprint)
         setup = "".join(f">>> {line}\n" for line in example.setup.splitlines())
         prompt = rng.choice(TEMPLATES["doctest"]).format(setup=setup, expression=example.expression)
         question = Question(prompt, example.output, example.expression)
@@ -210,6 +217,8 @@ class _Miner:
 
 def _examples(document: Document) -> Iterator[tuple[Example, int, int]]:
     """The document's doctests with the byte span of the docstring they stand in."""
+    if ">>>" not in document.text:
+        return
     if document.kind == "code":
         spans: Iterable[tuple[str, int, int]] = docstrings(document.text)
     else:
@@ -219,18 +228,26 @@ def _examples(document: Document) -> Iterator[tuple[Example, int, int]]:
             yield example, start, end
 
 
-def counts(tasks: Sequence[Task]) -> dict[str, int]:
-    """Tasks by kind, in the order of the kinds' names."""
-    return dict(sorted(Counter(task.kind for task in tasks).items()))
+class HasKind(Protocol):
+    @property
+    def kind(self) -> str: ...
+
+
+def counts(items: Sequence[HasKind]) -> dict[str, int]:
+    """Tasks (or what was made of tasks) by kind, in the order of the kinds' names."""
+    return dict(sorted(Counter(item.kind for item in items).items()))
 
 
 def _digest(seed: int, text: str) -> bytes:
     return hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=8).digest()
 
 
-def _fingerprint(function: Function) -> str:
-    text = f"{function.summary}\0{' '.join(function.source.split())}"
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+def _fingerprint(item: Function | Example) -> str:
+    """Equal for functions (or examples) that differ in nothing but white space, wherever they stand."""
+    parts = (
+        (item.setup, item.expression) if isinstance(item, Example) else (item.summary, " ".join(item.source.split()))
+    )
+    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _normalise(text: str) -> str:

@@ -71,7 +71,7 @@ class KneserNey:
         return [logs[end - len(document) + 1 : end] for document, end in zip(documents, ends)]
 
     def distribution(self, context: Sequence[int]) -> np.ndarray:
-        """(vocab_size,) float64: the probability of every token after `context`, a document's beginning or a part of it."""
+        """(vocab_size,) float64: the probability of each token after `context`, a part of a document."""
         rows = [np.array([*context, word]) for word in range(self.vocab_size)]
         return np.exp([row[-1] for row in self.log_probs(rows)])
 

@@ -9,8 +9,8 @@ What this gives up is continuous batching, where a waiting prompt takes a finish
 pages. Sorting prompts by length before they are cut into batches (`in_batches`) keeps the padding small.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from headspring.artifacts import HeadspringError
 from headspring.inference.generation import Request
 from headspring.inference.sampling import RowParams, sample
+from headspring.models.decoder import DecoderModule
+from headspring.tokenization.tokenizer import Tokenizer
 
 IDLE_SHARE = 0.25  # of a batch's rows, at which finished ones are dropped
 
@@ -30,28 +32,38 @@ def in_batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Re
 
 
 @torch.inference_mode()
-def decode(model: Any, requests: Sequence[Request], pad_id: int) -> Iterator[int]:
-    """Run a batch to its end, filling the requests in place; after each step yields how many have finished.
+def decode(model: DecoderModule, requests: Sequence[Request], tokenizer: Tokenizer) -> Iterator[int]:
+    """Run a batch to its end, filling the requests in place; after each token yields how many have finished.
 
-    `model` is a module of the models room. Raises `HeadspringError` where it gives NaN."""
-    device = next(model.parameters()).device
-    rows = _Rows(list(requests), device)
-    tokens, padding = pad_left([request.prompt for request in requests], pad_id)
-    state = model.new_state(len(requests), tokens.shape[1] + max(request.new_tokens for request in requests) - 1)
-    hidden = model(tokens.to(device), state=state, padding=None if padding is None else padding.to(device))[:, -1]
-    step = 0
+    Raises `HeadspringError` where the model gives NaN."""
+    live = list(requests)
+    while live:
+        for unfinished in _decode_until_full(model, live, tokenizer):
+            yield len(requests) - len(unfinished)
+        live = unfinished
+
+
+def _decode_until_full(model: DecoderModule, live: list[Request], tokenizer: Tokenizer) -> Iterator[list[Request]]:
+    """Decode until all have finished or the state's last column is taken; after each token yields the unfinished.
+
+    Padding can fill the columns of a short row before its own context ends. The caller then starts it again, from its
+    prompt and answer so far, with less padding: one more prefill, and no row's answer depends on its neighbours."""
+    rows = _Rows(live, model, tokenizer)
+    tokens, padding = pad_left([request.prompt + request.token_ids for request in live], tokenizer.pad_id or 0)
+    state = model.new_state(len(live), tokens.shape[1] + max(request.remaining for request in live) - 1)
+    padding = None if padding is None else padding.to(model.device)
+    hidden = model(tokens.to(model.device), state=state, padding=padding)[:, -1]
     while True:
-        ids = rows.step(model.logits(hidden), step)
+        ids = rows.step(model.logits(hidden))
         kept = [row for row, request in enumerate(rows.requests) if request.finish_reason is None]
-        yield len(requests) - len(kept)
-        if not kept:
+        yield [rows.requests[row] for row in kept]
+        if not kept or state.length == state.capacity:
             return
         if len(kept) <= (1 - IDLE_SHARE) * len(rows.requests):
-            chosen = torch.tensor(kept, device=device)
+            chosen = torch.tensor(kept, device=model.device)
             state.select(chosen)
-            ids, rows = ids[chosen], _Rows([rows.requests[row] for row in kept], device)
+            ids, rows = ids[chosen], _Rows([rows.requests[row] for row in kept], model, tokenizer)
         hidden = model(ids[:, None], state=state)[:, -1]
-        step += 1
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:
@@ -65,48 +77,56 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 class _Rows:
     """The rows of the running batch: whose they are, and what sampling needs to know about them as tensors."""
 
-    def __init__(self, requests: list[Request], device: torch.device):
-        self.requests = requests
-        steps = max(request.new_tokens for request in requests)
-        uniforms = [torch.nn.functional.pad(r.uniforms, (0, steps - len(r.uniforms))) for r in requests]
-        self.uniforms = torch.stack(uniforms).to(device)  # (B, steps) float64
-        self.min_tokens = max(request.params.min_tokens for request in requests)
-        self.num_top = max(request.params.logprobs or 0 for request in requests)
-        self.params: RowParams | None = None
+    def __init__(self, requests: list[Request], model: DecoderModule, tokenizer: Tokenizer):
+        self.requests, self.device, self.vocab = requests, model.device, model.config.vocab
+        params = [request.params for request in requests]
+        self.params = RowParams.of(params, self.vocab, self.device)
+        self.step_number = len(requests[0].token_ids)  # the same for all that have not finished
+        uniforms = torch.nn.utils.rnn.pad_sequence([request.uniforms for request in requests], batch_first=True)
+        self.uniforms = uniforms.to(self.device)
+        self.num_top = max(one.logprobs or 0 for one in params)
+        self.min_tokens = max(one.min_tokens for one in params)
         self.seen: Tensor | None = None
+        if self.params.any_penalty:
+            self.seen = self._mask([request.prompt + request.token_ids for request in requests])
+        # A model may have more rows than its tokenizer has tokens; those ids have no text.
+        self.nameless: Tensor | None = None
+        if self.vocab > tokenizer.vocab_size:
+            self.nameless = torch.arange(self.vocab, device=self.device)[None] >= tokenizer.vocab_size
 
-    def step(self, logits: Tensor, step: int) -> Tensor:
+    def step(self, logits: Tensor) -> Tensor:
         """Sample a token for every row from (B, V) float32 and hand it to the unfinished requests. Returns (B,) ids."""
-        if self.params is None:
-            self.params = RowParams.of([request.params for request in self.requests], logits.shape[-1], logits.device)
-            if self.params.any_penalty:
-                self.seen = _mask([request.prompt + request.token_ids for request in self.requests], logits)
-        banned = None
-        if step < self.min_tokens:
-            banned = _mask([[] if request.may_stop else request.stop_ids for request in self.requests], logits)
-        ids, log_probs = sample(logits, self.params, self.uniforms[:, step], self.seen, banned)
+        uniforms = self.uniforms[:, self.step_number]
+        ids, log_probs = sample(logits, self.params, uniforms, self.seen, self._banned())
+        self.step_number += 1
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
         if self.num_top:
             self._record_top(logits)
         for request, token, log_prob in zip(self.requests, ids.tolist(), log_probs.tolist(), strict=True):
             if request.finish_reason is None:
-                if log_prob != log_prob:
+                if math.isnan(log_prob):
                     raise HeadspringError("the model gave NaN logits; its weights or an intervention are broken")
                 request.accept(token, log_prob)
         return ids
 
+    def _banned(self) -> Tensor | None:
+        """(B or 1, V) bool: ids without text, and stop tokens that would come too early."""
+        if self.step_number >= self.min_tokens:
+            return self.nameless
+        early = self._mask([() if request.may_stop else request.stop_ids for request in self.requests])
+        return early if self.nameless is None else early | self.nameless
+
     def _record_top(self, logits: Tensor) -> None:
-        values, ids = (logits - logits.logsumexp(-1, keepdim=True)).topk(min(self.num_top, logits.shape[-1]))
+        values, ids = (logits - logits.logsumexp(-1, keepdim=True)).topk(min(self.num_top, self.vocab))
         for request, row_ids, row_values in zip(self.requests, ids.tolist(), values.tolist(), strict=True):
             if request.params.logprobs is not None and request.finish_reason is None:
                 count = request.params.logprobs
                 request.top_logprobs.append(dict(zip(row_ids[:count], row_values[:count], strict=True)))
 
-
-def _mask(rows: Sequence[Any], like: Tensor) -> Tensor:
-    """(B, V) bool, True at each row's ids."""
-    mask = torch.zeros(like.shape, dtype=torch.bool)
-    for row, ids in enumerate(rows):
-        mask[row, torch.tensor(list(ids), dtype=torch.int64)] = True
-    return mask.to(like.device)
+    def _mask(self, rows: Sequence[Iterable[int]]) -> Tensor:
+        """(B, V) bool, True at each row's ids."""
+        mask = torch.zeros(len(rows), self.vocab, dtype=torch.bool)
+        for row, ids in enumerate(rows):
+            mask[row, torch.tensor(list(ids), dtype=torch.int64)] = True
+        return mask.to(self.device)

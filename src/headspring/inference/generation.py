@@ -65,6 +65,11 @@ class Request:
         self._decoded = 0  # tokens already given to the stream
 
     @property
+    def remaining(self) -> int:
+        """Tokens it may still get."""
+        return self.new_tokens - len(self.token_ids)
+
+    @property
     def may_stop(self) -> bool:
         """Whether the next token may be the last one by its own choice."""
         return len(self.token_ids) >= self.params.min_tokens

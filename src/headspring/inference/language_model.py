@@ -1,13 +1,14 @@
 """`LanguageModel`: a model, its tokenizer and its config, and everything one asks of them.
 
 It holds no second forward pass: generating, scoring and looking inside all call the module that was trained
-(`models`), and log-probabilities come from the one path (`models.scoring`). Text is typed: a prompt is encoded as plain
-text behind one `<|bos|>`, as a training document is; only `chat` writes control tokens; sampled ids are never re-encoded.
+(`models`), and log-probabilities come from the one path (`models.scoring`). Text is typed: a prompt is encoded as
+plain text behind one `<|bos|>`, as a training document is; only `chat` writes control tokens; sampled ids are never
+re-encoded.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from headspring.artifacts import UserError
 from headspring.artifacts.progress import task
 from headspring.inference.decoding import decode, in_batches
 from headspring.inference.generation import Generation, Request
-from headspring.inference.loading import BASE_KINDS, choose_device, choose_dtype, find
+from headspring.inference.loading import BASE_KINDS, choose_device, choose_dtype, download, find, import_huggingface
 from headspring.inference.sampling import SamplingParams
-from headspring.models import load_model, scoring
+from headspring.models import load_model, save_model, scoring
+from headspring.models.decoder import DecoderModule
+from headspring.models.folder import is_native
 from headspring.text.chat import Message
 from headspring.tokenization.tokenizer import Tokenizer
 
@@ -35,10 +38,10 @@ class LanguageModel:
 
     `kind` is the stage that made it, where known: a base model (`pretrain`) warns when asked to chat."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, config: BaseModel | None = None, kind: str | None = None):
+    def __init__(self, model: DecoderModule, tokenizer: Tokenizer, kind: str | None = None):
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.config = model.config if config is None else config
+        self.config: BaseModel = model.config
         self.kind = kind
         if tokenizer.vocab_size > self.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {self.vocab_size}: not a pair")
@@ -60,23 +63,30 @@ class LanguageModel:
         source = find(path)
         if revision is not None and source.folder is not None:
             raise UserError(f"revision={revision!r} belongs to a hub name; {source.name} is a folder on this machine")
-        model, folder = _load_weights(source.folder or source.name, revision)
-        model = model.to(device=target) if precision is None else model.to(device=target, dtype=precision)
+        folder = source.folder or download(source.name, revision)
+        model = load_model(folder) if is_native(folder) else import_huggingface(folder)
+        model = model.to(device=target, dtype=precision or next(model.parameters()).dtype)
+        model.compute_dtype = next(model.parameters()).dtype
         return cls(model, Tokenizer.load(folder), kind=source.kind)
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.model.device
 
     @property
     def vocab_size(self) -> int:
         """Rows of the model's output; may exceed the tokenizer's, and those ids are never sampled."""
-        return self.config.vocab
+        return self.model.config.vocab
 
     @property
     def context(self) -> int:
         """The most tokens, prompt and answer together, that the model is made for."""
-        return self.config.context
+        return self.model.config.context
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is known never to have been trained on conversations."""
+        return self.kind in BASE_KINDS
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -89,16 +99,18 @@ class LanguageModel:
         progress: str | None = None,
         **sampling: Any,
     ) -> list[Generation]:
-        """Continue one or many prompts (text, or token ids used as they are). `sampling`: the fields of `SamplingParams`,
-        or `params` itself, one for all or one for each prompt. Returns `n` answers for each prompt, in order of the prompts.
+        """Continue one or many prompts (text, or token ids used as they are). `sampling`: the fields of
+        `SamplingParams`; or else `params`, one for all or one for each prompt. Returns `n` answers for each prompt,
+        side by side, in the order of the prompts.
 
-        At most `batch_size` rows run together. `progress` names a bar. Raises `UserError` for a prompt that fills the
-        context; an answer that reaches the context's end stops with `finish_reason="length"`."""
+        At most `batch_size` rows run together. `progress` names a bar that shows how many are done. Raises
+        `UserError` for a prompt that fills the context; an answer that reaches the context's end stops there, with
+        `finish_reason="length"`."""
         rows = [self.prompt_ids(prompt) for prompt in _as_list(prompts)]
         return self._generate(rows, _each(params, sampling, len(rows)), batch_size, progress)
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
-        """The continuation in pieces, whose join is the `text` that `generate` gives. No piece ends inside a character."""
+        """The continuation in pieces, whose join is the `text` of `generate`. No piece ends inside a character."""
         return self._stream(self.prompt_ids(prompt), SamplingParams.of(**sampling))
 
     def chat(self, messages: Messages, **sampling: Any) -> Generation:
@@ -132,7 +144,7 @@ class LanguageModel:
         """A conversation as the model reads it, up to where the assistant's next turn begins."""
         if not messages:
             raise UserError("a conversation needs at least one message")
-        if self.kind in BASE_KINDS:
+        if self.is_base:
             warnings.warn("this is a base model, never trained on conversations: expect a continuation", stacklevel=3)
         return self.tokenizer.render(messages, add_generation_prompt=True).ids.tolist()
 
@@ -144,25 +156,28 @@ class LanguageModel:
         requests = [
             self._request(prompt, one, answer) for prompt, one in zip(prompts, params) for answer in range(one.n)
         ]
-        with task(progress or "generate", len(requests)) as bar:
+        with task(progress, len(requests)) if progress else nullcontext() as bar:
             for batch in in_batches(requests, batch_size):
                 before = 0
-                for done in decode(self.model, batch, self._pad_id, self.tokenizer.vocab_size):
-                    bar.advance(done - before)
-                    before = done
+                for done in decode(self.model, batch, self.tokenizer):
+                    if bar is not None and done > before:
+                        bar.advance(done - before)
+                        before = done
         return [request.generation() for request in requests]
 
     def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
         if params.n != 1 or params.logprobs is not None:
             raise UserError("a stream is the text of one answer; use generate for n or logprobs")
         request = self._request(prompt, params, incremental=True)
-        for _ in decode(self.model, [request], self._pad_id, self.tokenizer.vocab_size):
+        for _ in decode(self.model, [request], self.tokenizer):
             if request.piece:
                 yield request.piece
 
-    def _request(self, prompt: list[int], params: SamplingParams, answer: int = 0, incremental: bool = False) -> Request:
+    def _request(
+        self, prompt: list[int], params: SamplingParams, answer: int = 0, incremental: bool = False
+    ) -> Request:
         if not prompt:
-            raise UserError("the prompt is empty and the tokenizer has no <|bos|> to begin with; give at least one token")
+            raise UserError("the prompt is empty, and the tokenizer has no <|bos|> to begin with; give a token")
         if len(prompt) >= self.context:
             raise UserError(f"the prompt has {len(prompt)} tokens and the model's context {self.context}; shorten it")
         self._check([*prompt, *params.stop_token_ids])
@@ -170,11 +185,6 @@ class LanguageModel:
         return Request(
             self.tokenizer, prompt, params, context=self.context, end_ids=ends, answer=answer, incremental=incremental
         )
-
-    @property
-    def _pad_id(self) -> int:
-        """Any id: what stands in the padding is masked."""
-        return self.tokenizer.pad_id or 0
 
     def _check(self, ids: Sequence[int]) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
@@ -189,13 +199,13 @@ class LanguageModel:
         return self.model.logits(self.model(ids if ids.ndim == 2 else ids[None]))
 
     def logprobs(self, texts: Prompt | Sequence[Prompt], batch_size: int = BATCH_SIZE) -> list[Tensor]:
-        """For each text (or list of ids), the natural log-probability of every token that has one before it: (n,) float32
-        on the CPU. A text's n is its tokens (the first follows `<|bos|>`); of k given ids, n = k − 1."""
+        """For each text (or list of ids), the natural log-probability of every token that has one before it: (n,)
+        float32 on the CPU. A text's n is its tokens (the first follows `<|bos|>`); of k given ids, n = k − 1."""
         rows = [self.prompt_ids(text) for text in _as_list(texts)]
         for row in rows:
             self._check(row)
             if len(row) > self.context + 1:
-                raise UserError(f"a text has {len(row)} tokens and the model's context {self.context}; cut it in windows")
+                raise UserError(f"a text has {len(row)} tokens, the model's context {self.context}; cut it in windows")
         scores: list[Tensor] = [torch.empty(0)] * len(rows)
         order = sorted((i for i, row in enumerate(rows) if len(row) > 1), key=lambda i: -len(rows[i]))
         for start in range(0, len(order), batch_size):
@@ -208,7 +218,7 @@ class LanguageModel:
     def _score(self, rows: list[list[int]]) -> list[Tensor]:
         """Padding goes to the right: a causal model never sees it from the left."""
         tensors = [torch.tensor(row) for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=self._pad_id).to(self.device)
+        ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=0).to(self.device)
         scores = scoring.log_probs(self.model, self.model(ids[:, :-1]), ids[:, 1:]).cpu()
         return [score[: len(row) - 1].clone() for row, score in zip(rows, scores)]
 
@@ -228,12 +238,10 @@ class LanguageModel:
         return self.model.sites.edit(dict(edits))
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `load` and `transformers` read: config.json, model.safetensors, tokenizer.json."""
-        from headspring.models.dialects import export_huggingface
-
+        """Write a folder that `load` reads: config.json, model.safetensors, tokenizer.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        export_huggingface(self.model, folder)
+        save_model(self.model, folder)
         self.tokenizer.save(folder)
 
     def __repr__(self) -> str:
@@ -241,8 +249,22 @@ class LanguageModel:
         return f"LanguageModel({parameters:,} parameters, {self.tokenizer!r}, context {self.context}, {self.device})"
 
 
-def _load_weights(source: str | Path, revision: str | None) -> tuple[Any, Path]:
-    """The module, and the folder that has its tokenizer."""
-    if isinstance(source, Path) and _is_native(source):
-        return load_model(source), source
-    raise NotImplementedError
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One text or one list of ids is one prompt."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _each(
+    params: SamplingParams | Sequence[SamplingParams] | None, options: Mapping[str, Any], count: int
+) -> list[SamplingParams]:
+    """The settings of each of `count` prompts."""
+    if params is None:
+        return [SamplingParams.of(**options)] * count
+    if options:
+        raise UserError(f"give either params or options such as {next(iter(options))}, not both")
+    each = [params] * count if isinstance(params, SamplingParams) else list(params)
+    if len(each) != count:
+        raise UserError(f"{len(each)} sampling params for {count} prompts")
+    return each

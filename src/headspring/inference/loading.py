@@ -3,6 +3,7 @@
 A run means its last finished model stage. A stage counts as finished when its manifest is there (it is written last).
 """
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ EXPECTED = "a run folder, a stage's folder, a Hugging Face folder or a hub name 
 
 @dataclass(frozen=True)
 class Source:
-    """What a path or name means: a local folder, or (`folder` None) the hub name as given. `kind` of stage, if known."""
+    """What a path or name means: a local folder, or (`folder` None) a hub name. `kind`: of the stage, where known."""
 
     name: str
     folder: Path | None
@@ -86,6 +87,26 @@ def _stage_order(run: Path) -> list[str]:
         return []
     names: list[Any] = [stage.get("name") if isinstance(stage, dict) else stage for stage in stages]
     return [name for name in names if isinstance(name, str)]
+
+
+def import_huggingface(folder: Path) -> Any:
+    """The model of a folder in the layout of `transformers`. Raises `UserError` where no dialect reads it."""
+    if importlib.util.find_spec("headspring.models.dialects") is None:
+        raise UserError(f"{folder}: not a Headspring model, and Hugging Face models are not supported yet")
+    return importlib.import_module("headspring.models.dialects").import_huggingface(folder)
+
+
+def download(name: str, revision: str | None) -> Path:
+    """The local snapshot of a hub repository's weights, config and tokenizer; `revision` is a branch, tag or commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise UserError(f"{name}: no such folder here, and the hub gave no model of that name ({reason})") from error
 
 
 def choose_device(device: str | torch.device) -> torch.device:

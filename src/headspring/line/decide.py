@@ -7,7 +7,7 @@ from typing import Any
 
 from headspring.artifacts.errors import CorruptArtifact
 from headspring.artifacts.files import sha256_file, sha256_json
-from headspring.artifacts.manifest import Manifest, cache_key, read_manifest, verify
+from headspring.artifacts.manifest import MANIFEST, Manifest, cache_key, read_manifest, verify
 from headspring.line.recipe import Input, Step
 
 
@@ -35,6 +35,8 @@ def wanted(step: Step, seed: int, manifests: Mapping[str, Manifest]) -> Wanted:
     if step.files:
         hashes = [sha256_file(file) for file in step.files]
         inputs["files"] = {"stage": ", ".join(str(file) for file in step.files), "sha256": sha256_json(hashes)}
+    if step.generator is not None:
+        inputs["generator"] = {"stage": str(step.generator), "sha256": model_hash(step.generator)}
     outside = step.stage.fingerprint(step.config)
     if outside is not None:
         inputs["sources"] = {"stage": "outside the run", "sha256": outside}
@@ -47,6 +49,16 @@ def content_hash(manifest: Manifest, source: Input) -> str:
         return manifest.content_hash
     inside = {name: digest for name, digest in manifest.outputs.items() if name.startswith(f"{source.part}/")}
     return sha256_json(inside)
+
+
+def model_hash(path: Path) -> str:
+    """A hash that changes with the model in `path`: of its weights and its tokenizer."""
+    from headspring.inference.loading import find
+
+    folder = find(path).folder
+    assert folder is not None  # the recipe has checked that `path` is a folder
+    files = sorted(file for file in folder.glob("*") if file.suffix in (".json", ".safetensors"))
+    return sha256_json({file.name: sha256_file(file) for file in files if file.name != MANIFEST})
 
 
 def finished(step: Step, folder: Path, check: bool) -> Manifest | None:

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -12,10 +13,8 @@ class Meter:
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-        except OSError:
-            pass
 
     @property
     def seconds(self) -> float:
@@ -27,11 +26,9 @@ class Meter:
 
 def peak_memory_bytes() -> int:
     """The high-water mark of this process's resident memory."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,14 +1,14 @@
 """A recipe: the stages of a line, in order, with their configs.
 
-Three keys at the top are the recipe's own (`recipe`, `description`, `seed`); every other key is a stage. Its kind is its
-name up to the first `-` (`sft`, `sft-short`; `dpo` is of kind `preference`), or what its `kind:` says. Each input is
-filled by the nearest stage above that can fill it, or by the one that `from:` names. `evaluate` stands for one
+Three keys at the top are the recipe's own (`recipe`, `description`, `seed`); every other key is a stage. Its kind is
+its name up to the first `-` (`sft`, `sft-short`; `dpo` is of kind `preference`), or what its `kind:` says. Each input
+is filled by the nearest stage above that can fill it, or by the one that `from:` names. `evaluate` stands for one
 evaluation of every model stage above it, so that a change of `sft` repeats no evaluation of `pretrain`.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Step:
     config: Any
     inputs: Mapping[str, Input]
     files: tuple[Path, ...] = ()
+    generator: Path | None = None  # a model from outside the run
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,12 @@ class Recipe:
     steps: tuple[Step, ...] = field(repr=False)
 
     def step(self, name: str) -> Step:
-        return next(step for step in self.steps if step.name == name)
+        """The step of this name. `UserError` where there is none."""
+        for step in self.steps:
+            if step.name == name:
+                return step
+        names = [step.name for step in self.steps]
+        raise UserError(f"{name}: the recipe {self.name!r} has no such stage{nearest(name, names)}")
 
     def select(self, name: str, option: str) -> list[str]:
         """The steps called `name`, or that came from the recipe's key `name`. `UserError` where there are none."""
@@ -102,7 +108,9 @@ def load_recipe(
     Raises `UserError` for everything that is wrong with the file or the overrides, with the place.
     """
     if registry is None:
-        from headspring.line.stages import STAGES as registry  # noqa: N811
+        from headspring.line.stages import STAGES
+
+        registry = STAGES
     path = find_recipe(recipe)
     source = read_source(path)
     names = [*source.tree]
@@ -132,21 +140,24 @@ class _Builder:
 
     def build(self, path: Path) -> Recipe:
         tree = self.source.tree
-        header = {"recipe": path.stem, "description": "", "seed": 0}
-        header |= {key: tree[key] for key in RESERVED if tree.get(key) is not None}
-        for key, expected in (("recipe", str), ("description", str), ("seed", int)):
-            if type(header[key]) is not expected:
-                raise self.source.error((key,), f"must be {'a word' if expected is str else 'an integer'}")
-        if not _NAME.fullmatch(header["recipe"].lower()):
-            raise self.source.error(("recipe",), "a recipe's name is made of letters, digits, '-' and '_'")
-        if not 0 <= header["seed"] < 2**31:
-            raise self.source.error(("seed",), "must lie between 0 and 2147483647")
+        recipe, description, seed = self._header(path)
         for name, values in tree.items():
             if name not in RESERVED:
                 self.add(name, values)
         if not self.steps:
             raise self.source.error((), "the recipe lists no stages")
-        return Recipe(header["recipe"], header["description"], header["seed"], path, tuple(self._with_evaluation_files()))
+        return Recipe(recipe, description, seed, path, tuple(self._with_evaluation_files()))
+
+    def _header(self, path: Path) -> tuple[str, str, int]:
+        given = {key: self.source.tree[key] for key in RESERVED if self.source.tree.get(key) is not None}
+        recipe, description, seed = given.get("recipe", path.stem), given.get("description", ""), given.get("seed", 0)
+        if not isinstance(recipe, str) or not _NAME.fullmatch(recipe.lower()):
+            raise self.source.error(("recipe",), "a recipe's name is made of letters, digits, '-' and '_'")
+        if not isinstance(description, str):
+            raise self.source.error(("description",), "must be text")
+        if type(seed) is not int or not 0 <= seed < 2**31:
+            raise self.source.error(("seed",), "must be an integer between 0 and 2147483647")
+        return recipe, description, seed
 
     def add(self, name: str, values: Any) -> None:
         route: Route = (name,)
@@ -157,17 +168,14 @@ class _Builder:
         values = dict(values or {})
         stage = self._stage(name, values)
         chosen = self._from(route, values.pop("from", None))
+        generator = self._generator(route, stage, values)
         config = validate(stage.config(), values, route, self.source)
-        files = tuple(Path(file).expanduser() for file in stage.files(config))
-        for file in files:
-            if not file.is_file():
-                raise self.source.error(route, f"no such file: {file}")
         if stage.each_model:
-            self._add_each_model(name, stage, config, chosen, files)
+            self._add_each_model(name, stage, config, chosen)
         else:
-            self._append(Step(name, name, stage, config, self._inputs(route, stage, chosen), files))
+            self._append(name, name, stage, config, self._inputs(route, stage, chosen), generator)
 
-    def _add_each_model(self, name: str, stage: Stage, config: Any, chosen: list[Step], files: tuple[Path, ...]) -> None:
+    def _add_each_model(self, name: str, stage: Stage, config: Any, chosen: list[Step]) -> None:
         models = [step for step in chosen or self.steps if step.stage.model]
         if not models:
             raise self.source.error((name,), "there is no model stage above to evaluate")
@@ -177,14 +185,26 @@ class _Builder:
             for step in pretrained:
                 suffix = INITIAL if len(pretrained) == 1 else f"{step.name}-{INITIAL}"
                 inputs = {"model": Input(step.name, INITIAL), **others}
-                self._append(Step(f"{name}-{suffix}", name, stage, stage.before_training(config), inputs, files))
+                self._append(f"{name}-{suffix}", name, stage, stage.before_training(config), inputs)
         for step in models:
-            self._append(Step(f"{name}-{step.name}", name, stage, config, {"model": Input(step.name), **others}, files))
+            self._append(f"{name}-{step.name}", name, stage, config, {"model": Input(step.name), **others})
 
-    def _append(self, step: Step) -> None:
-        if any(step.name == other.name for other in self.steps):
-            raise self.source.error((step.group,), f"two stages would be called {step.name!r}")
-        self.steps.append(step)
+    def _append(
+        self,
+        name: str,
+        group: str,
+        stage: Stage,
+        config: Any,
+        inputs: dict[str, Input],
+        generator: Path | None = None,
+    ) -> None:
+        if any(name == other.name for other in self.steps):
+            raise self.source.error((group,), f"two stages would be called {name!r}")
+        files = tuple(Path(file).expanduser() for file in stage.files(config))
+        for file in files:
+            if not file.is_file():
+                raise self.source.error((group,), f"no such file: {file}")
+        self.steps.append(Step(name, group, stage, config, inputs, files, generator))
 
     def _stage(self, name: str, values: dict[str, Any]) -> Stage:
         """The stage's kind. A `kind` that is no stage's kind belongs to the config (`tokenizer: {kind: unigram}`)."""
@@ -200,13 +220,22 @@ class _Builder:
         names = {*self.registry, *KIND_OF_NAME} - {*KIND_OF_NAME.values()}
         raise self.source.error((name,), f"unknown stage{nearest(name, names)} (any other name needs a `kind:`)")
 
+    def _generator(self, route: Route, stage: Stage, values: dict[str, Any]) -> Path | None:
+        """The model of `generator: PATH`, for stages that may write text with one."""
+        if not stage.generates or values.get("generator") is None:
+            return None
+        path = Path(str(values.pop("generator"))).expanduser()
+        if not path.is_dir():
+            raise self.source.error((*route, "generator"), f"no such run or model folder: {path}")
+        return path
+
     def _from(self, route: Route, names: Any) -> list[Step]:
         chosen = []
         for name in [names] if isinstance(names, str) else names or []:
             found = [step for step in self.steps if step.name == name]
             if not found:
-                above = [step.name for step in self.steps]
-                raise self.source.error((*route, "from"), f"there is no stage {name!r} above{nearest(str(name), above)}")
+                hint = nearest(str(name), [step.name for step in self.steps])
+                raise self.source.error((*route, "from"), f"there is no stage {name!r} above{hint}")
             chosen += found
         return chosen
 
@@ -224,15 +253,16 @@ class _Builder:
             used.add(fitting[-1].name)
         for step in chosen:
             if step.name not in used:
-                kinds = ", ".join(sorted({kind for kinds in stage.inputs.values() for kind in kinds})) or "nothing"
-                raise self.source.error((*route, "from"), f"{step.name!r} is of kind {step.stage.kind}; this stage takes {kinds}")
+                taken = ", ".join(sorted({kind for kinds in stage.inputs.values() for kind in kinds})) or "nothing"
+                message = f"{step.name!r} is of kind {step.stage.kind}; this stage takes {taken}"
+                raise self.source.error((*route, "from"), message)
         return inputs
 
     def _with_evaluation_files(self) -> list[Step]:
         """Data is cleaned of what evaluations further down will ask."""
         files = tuple(dict.fromkeys(file for step in self.steps if step.stage.each_model for file in step.files))
         return [
-            Step(step.name, step.group, step.stage, step.config, step.inputs, (*step.files, *files))
+            replace(step, files=(*step.files, *files))
             if step.stage.reads_evaluation_files
             else step
             for step in self.steps

@@ -5,7 +5,7 @@
     kinds    stage → kind
     inputs   stage → {role: stage}, or `stage/part` where a part of its folder is meant
     configs  stage → resolved config
-    states   stage → "pending" | "running" | "done" | "failed" | "interrupted"
+    states   stage → "pending" | "running" | "done" | "failed" | "interrupted" | "outdated" (an input changed since)
     state    the same of the whole: "running" | "done" | "failed" | "interrupted" | "partial" (stopped by --until)
     updated  seconds since 1970
 """

@@ -13,7 +13,7 @@ class Context:
     """What a stage's function is given.
 
     `inputs` maps a role to the folder that fills it. `files` are the paths from outside the run which the recipe names
-    and the line checks (evaluation sets). `folder` is where the stage writes; it may hold the `checkpoints/` of an
+    and the line checks (evaluation sets), `generator` a model from outside it (a run or a model's folder). `folder` is where the stage writes; it may hold the `checkpoints/` of an
     earlier attempt with the same cache key.
     """
 
@@ -22,6 +22,7 @@ class Context:
     folder: Path
     seed: int
     files: tuple[Path, ...] = ()
+    generator: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,16 @@ class Estimate:
     tokens: float | None = None
     parameters: float | None = None
     flops: float | None = None
+    sample_tokens: float | None = None  # tokens of one training sample; what follows inherits it
+
+
+@dataclass(frozen=True)
+class Known:
+    """What an estimate may build on: configs and estimates of the stages that fill its inputs, by role."""
+
+    configs: Mapping[str, Any]
+    estimates: Mapping[str, Estimate]
+    data_bytes: float | None = None  # kept by the data stage, where it has run
 
 
 @dataclass(frozen=True)
@@ -50,12 +61,12 @@ class Stage:
     training: bool = False  # continues from its folder's checkpoints/, and runs on every rank under torchrun
     model: bool = False  # its folder is a model that generate, chat and evaluate can load
     each_model: bool = False  # one step for each model stage above, not one
+    generates: bool = False  # its recipe entry may name a `generator`, a model from outside the run
     reads_evaluation_files: bool = False  # is given the files of every evaluation of the recipe (decontamination)
     files: Callable[[Any], Sequence[str]] = lambda config: ()  # paths from outside the run that its config names
     fingerprint: Callable[[Any], str | None] = lambda config: None  # of other outside things it reads; None: nothing
     before_training: Callable[[Any], Any] | None = None  # config for the untrained model; None: it is not evaluated
-    summary: Callable[[Mapping[str, Any]], str] = lambda metrics: ""  # what came out, in a few words
-    estimate: Callable[[Any, Mapping[str, Any]], Estimate] = lambda config, configs: Estimate()
+    estimate: Callable[[Any, Known], Estimate] = lambda config, known: Estimate()
 
 
 Registry = Mapping[str, Stage]

@@ -8,11 +8,12 @@ reason said. Hashes are of contents, so a stage made again with an equal result 
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headspring.artifacts import progress
 from headspring.artifacts.environment import environment
 from headspring.artifacts.errors import HeadspringError, UserError
 from headspring.artifacts.lock import folder_lock
@@ -24,15 +25,23 @@ from headspring.line.ranks import Ranks
 from headspring.line.recipe import Recipe, Step, load_recipe
 from headspring.line.record import check_folder, new_record, write_record
 from headspring.line.registry import Context, Registry
+from headspring.line.report import write_report
+from headspring.line.report.outcomes import outcome
+from headspring.line.report.reading import StageView
 from headspring.line.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that a recipe filled."""
+    """A folder that a recipe filled. `made` names the stages that ran this time; `outdated` those after `until` whose
+    artifact was made of something that has changed since. The rest was skipped."""
 
     folder: Path
     recipe: Recipe
+    made: tuple[str, ...] = ()
+    outdated: tuple[str, ...] = ()
+    report: Path | None = None
+    leader: bool = True  # false on the other ranks under torchrun, which have nothing to say
 
     def stage(self, name: str) -> Path:
         """The stage's artifact folder."""
@@ -57,38 +66,57 @@ def run(
     until: str | None = None,
     force: str | Sequence[str] = (),
     registry: Registry | None = None,
+    quiet: bool = False,
 ) -> Run:
     """Run a recipe (a file, or the name of one in `recipes/`), or what is left of it.
 
     `run_dir` defaults to `runs/<name of the recipe>`. `until` stops after a stage. `force` makes stages, and what
-    follows from them, again. Raises `UserError` for what is wrong with the recipe, the overrides, the folder or a
-    finished artifact, and `HeadspringError` where a stage failed; stages that are done stay done either way.
+    follows from them, again. `quiet` prints nothing. Raises `UserError` for what is wrong with the recipe, the
+    overrides, the folder or a finished artifact, and `HeadspringError` where a stage failed; stages that are done stay
+    done either way.
     """
     loaded = load_recipe(recipe, overrides, registry)
-    folder = Path(run_dir).expanduser() if run_dir else Path("runs") / loaded.name
-    forced = [name for one in ([force] if isinstance(force, str) else force) for name in loaded.select(one, "--force")]
-    last = loaded.select(until, "--until")[-1] if until else loaded.steps[-1].name
-    chosen = [step.name for step in loaded.steps[: [step.name for step in loaded.steps].index(last) + 1]]
-    for name in forced:
-        if name not in chosen:
-            raise UserError(f"--force {name}: this stage comes after --until {until}, so nothing would be done")
+    folder, steps, forced = selected(loaded, run_dir, until, force)
     ranks = Ranks()
     with ExitStack() as stack:
         if ranks.leader:
             check_folder(folder, loaded)
             stack.enter_context(folder_lock(folder))
         ranks.wait()
-        _Runner(loaded, folder, last, loaded.following(forced), ranks).run()
-    return Run(folder, loaded)
+        runner = _Runner(loaded, folder, steps, forced, ranks, quiet)
+        with progress.quiet() if quiet or not ranks.leader else nullcontext():
+            runner.run()
+        report = write_report(folder) if ranks.leader else None
+        ranks.wait()
+    return Run(folder, loaded, tuple(runner.made), tuple(runner.outdated), report, ranks.leader)
+
+
+def selected(
+    recipe: Recipe, run_dir: str | Path | None, until: str | None, force: str | Sequence[str]
+) -> tuple[Path, tuple[Step, ...], set[str]]:
+    """The run's folder, the steps up to `until`, and the names of the forced ones with what follows from them."""
+    folder = Path(run_dir).expanduser() if run_dir else Path("runs") / recipe.name
+    names = [step.name for step in recipe.steps]
+    last = names.index(recipe.select(until, "--until")[-1]) if until else len(names) - 1
+    forced = [name for one in ([force] if isinstance(force, str) else force) for name in recipe.select(one, "--force")]
+    late = [name for name in forced if name not in names[: last + 1]]
+    if late:
+        raise UserError(f"--force {late[0]}: this stage comes after --until {until}, so it would not run")
+    return folder, recipe.steps[: last + 1], recipe.following(forced)
 
 
 class _Runner:
-    def __init__(self, recipe: Recipe, folder: Path, last: str, forced: set[str], ranks: Ranks):
-        self.recipe, self.folder, self.last, self.forced, self.ranks = recipe, folder, last, forced, ranks
+    """The state of one pass over `steps`, the first ones of the recipe."""
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, steps: Sequence[Step], forced: set[str], ranks: Ranks, quiet: bool
+    ):
+        self.recipe, self.folder, self.steps, self.forced, self.ranks = recipe, folder, steps, forced, ranks
+        self.loud = ranks.leader and not quiet
+        self.made: list[str] = []
+        self.outdated: list[str] = []
         self.manifests: dict[str, Manifest] = {}
         self.record = new_record(recipe)
-        names = [step.name for step in recipe.steps]
-        self.steps = recipe.steps[: names.index(last) + 1]
         self.environment: dict[str, Any] = {}
 
     def run(self) -> None:
@@ -101,7 +129,22 @@ class _Runner:
                 state = "interrupted" if is_interrupt(error) else "failed"
                 self._note(state, step, state)
                 raise
-        self._note("done" if len(self.steps) == len(self.recipe.steps) else "partial")
+        for step in self.recipe.steps[len(self.steps) :]:
+            self._look_at(step)
+        self._note("done" if all(state == "done" for state in self.record["states"].values()) else "partial")
+
+    def _look_at(self, step: Step) -> None:
+        """Note whether a stage beyond `--until` is done, and if so whether it is still up to date."""
+        present = finished(step, self.folder / step.name, check=False)
+        if present is None:
+            return
+        made_of_current = all(source.step in self.manifests for source in step.inputs.values())
+        if made_of_current and present.cache_key == wanted(step, self.recipe.seed, self.manifests).key:
+            self.manifests[step.name] = present
+            self.record["states"][step.name] = "done"
+        else:
+            self.outdated.append(step.name)
+            self.record["states"][step.name] = "outdated"
 
     def _step(self, step: Step) -> None:
         """Skip the stage or make it; leaves its manifest in `self.manifests`."""
@@ -131,6 +174,7 @@ class _Runner:
         before = self.ranks.share(before)
         goes_on = "going on with the interrupted attempt" if before is not None else ""
         self._say(" · ".join(("running", *filter(None, (why, goes_on)))))
+        surroundings = self._environment()
         meter = Meter()
         try:
             metrics = {}
@@ -140,7 +184,7 @@ class _Runner:
             cost = metrics.pop("cost", {}) | meter.cost(before or 0.0)
             manifest = Manifest(
                 name=step.name, kind=target.kind, revision=target.revision, config=target.config, inputs=target.inputs,
-                seed=target.seed, metrics=metrics, cost=cost, environment=self._environment(),
+                seed=target.seed, metrics=metrics, cost=cost, environment=surroundings,
             )  # fmt: skip
             if self.ranks.leader:
                 manifest = write_manifest(workspace.partial, manifest)
@@ -150,8 +194,9 @@ class _Runner:
             if self.ranks.leader:
                 self._abandon(step, workspace, (before or 0.0) + meter.seconds)
             raise
-        summary = step.stage.summary(manifest.metrics)
-        self._say(f"done in {meter.seconds:.1f} s" + (f" · {summary}" if summary else ""))
+        self.made.append(step.name)
+        view = StageView(step.name, step.stage.kind, workspace.folder, manifest, {})
+        self._say(" · ".join([f"done in {meter.seconds:.1f} s", *outcome(view)]))
         return manifest
 
     def _abandon(self, step: Step, workspace: Workspace, seconds: float) -> None:
@@ -163,7 +208,7 @@ class _Runner:
 
     def _context(self, step: Step, folder: Path) -> Context:
         inputs = {role: self.folder / source.step / source.part for role, source in step.inputs.items()}
-        return Context(step.config, inputs, folder, self.recipe.seed, step.files)
+        return Context(step.config, inputs, folder, self.recipe.seed, step.files, step.generator)
 
     def _environment(self) -> dict[str, Any]:
         self.environment = self.environment or environment()
@@ -183,5 +228,5 @@ class _Runner:
                 raise HeadspringError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
     def _say(self, text: str) -> None:
-        if self.ranks.leader:
+        if self.loud:
             print(f"{self._title}: {text}", flush=True)

@@ -29,7 +29,7 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9_]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
      list("-+.0123456789")),
 ):  # fmt: skip
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
@@ -60,7 +60,7 @@ class Source:
         return UserError(f"{self.origin(route)}: {dotted(route)}: {message}" if route else f"{self.name}: {message}")
 
     def override(self, assignment: str, value: Any = None, *, parse: bool = True) -> None:
-        """Apply `a.b=text`, or with `parse=False` set the route `a.b` to `value`. `UserError` where it leads nowhere."""
+        """Apply `a.b=text`; with `parse=False` set `a.b` to `value`. Raises `UserError` where the route leads nowhere."""
         name, equals, text = assignment.partition("=")
         if parse and not equals:
             raise UserError(f"override {assignment!r}: expected key=value, such as pretrain.steps=200")

@@ -6,6 +6,7 @@ which finds the fields that could have stood there.
 """
 
 import difflib
+import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -55,8 +56,15 @@ def _describe(problem: Any, config: type[BaseModel], values: Any, route: Route, 
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     if kind == "union_tag_invalid":
-        expected = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
-        return source.error(place, f"unknown {context['discriminator'].strip(chr(39))} {context['tag']!r}{nearest(context['tag'], expected)}")
+        expected = re.findall(r"'([^']*)'", context["expected_tags"])
+        discriminator = context["discriminator"].strip("'")
+        hint = nearest(context["tag"], expected)
+        return source.error((*place, discriminator), f"unknown {discriminator} {context['tag']!r}{hint}")
+    if kind == "literal_error":
+        expected = re.findall(r"'([^']*)'", context["expected"])
+        return source.error(place, f"unknown value {given!r}{nearest(str(given), expected)}")
+    if kind == "value_error":  # a config's own words
+        return source.error(place, message)
     shown = repr(given) if isinstance(given, str | int | float | bool | None) else f"a {_yaml_type(given)}"
     message = message[:1].lower() + message[1:]
     return source.error(place, message if shown in message else f"{message}, not {shown}")
@@ -66,9 +74,7 @@ def _places(location: Sequence[str | int], values: Any, kind: str) -> Route:
     """`location` without what is not a key of `values` (tags of unions, names of types)."""
     route: list[str | int] = []
     for index, key in enumerate(location):
-        if isinstance(values, Mapping) and key in values:
-            values = values[key]
-        elif isinstance(values, Sequence) and not isinstance(values, str) and isinstance(key, int) and key < len(values):
+        if (isinstance(values, Mapping) and key in values) or (isinstance(values, list | tuple) and isinstance(key, int)):
             values = values[key]
         elif not (kind == "missing" and index == len(location) - 1):
             continue

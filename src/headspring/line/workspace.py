@@ -4,13 +4,14 @@
     RUN/sft.partial/    the attempt under way; renamed to RUN/sft/ when it is complete
     RUN/sft.partial/logs/attempt.json   the cache key of that attempt, whether it was forced, its seconds so far
 
-A training stage goes on from the checkpoints of an attempt with the same cache key; every other attempt starts empty. An
-older artifact stays until its successor is complete. A process killed between the two renames of that exchange leaves
-the artifact beside its place; `recover` puts it back. What it gives up: for a while the disk holds both.
+A training stage goes on from the checkpoints of an attempt with the same cache key; every other attempt starts empty.
+An older artifact stays until its successor is complete. A process killed between the two renames of that exchange
+leaves the artifact beside its place; `recover` puts it back. What it gives up: for a while the disk holds both.
 """
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,15 @@ class Workspace:
     def begin(self, key: str, resumable: bool, forced: bool) -> float | None:
         """Make the partial folder ready. The seconds spent by the attempt that can be gone on with, or None.
 
-        A forced stage starts anew, but goes on with an attempt that was forced itself: the same command, given again."""
+        A forced stage starts anew, but goes on with an attempt that was forced itself: the same command, once more."""
         before = self.attempt()
         same = before.get("cache_key") == key and (before.get("forced") or not forced)
         if resumable and same and not (self.partial / MANIFEST).exists():
             return float(before.get("seconds", 0.0))
         self.discard()
-        (self.partial / ATTEMPT).parent.mkdir(parents=True)
-        write_json(self.partial / ATTEMPT, {"cache_key": key, "forced": forced, "seconds": 0.0})
+        self.partial.mkdir(parents=True)
+        if resumable:
+            write_json(self.partial / ATTEMPT, {"cache_key": key, "forced": forced, "seconds": 0.0})
         return None
 
     def attempt(self) -> dict[str, Any]:
@@ -60,10 +62,8 @@ class Workspace:
 
     def note_seconds(self, seconds: float) -> None:
         """Remember what the attempt has cost so far; best effort, the disk may be full."""
-        try:
+        with suppress(OSError):
             write_json(self.partial / ATTEMPT, {**self.attempt(), "seconds": seconds})
-        except OSError:
-            pass
 
     def finish(self) -> None:
         """Make the partial folder, its manifest written, the artifact."""

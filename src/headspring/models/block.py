@@ -49,7 +49,7 @@ class Block(Value):
             return value
         if isinstance(value, dict):
             return value if value.get("kind", "branch") == "branch" and "f" in value else {"f": value}
-        return Branch(f=value)  # type: ignore[arg-type]
+        return Branch(f=value)
 
     def build(self, width: int) -> "BlockModule":
         return BlockModule(self, width)

@@ -152,9 +152,7 @@ class DecoderModule(PartModule):
                 x = block(x, context, None if state is None else state.layers[index])
         return self.site("final", self.norm(x))
 
-    def _context(
-        self, time: int, state: State | None, segments: torch.Tensor | None, padding: torch.Tensor | None
-    ) -> Context:
+    def _context(self, time: int, state: State | None, segments: torch.Tensor | None, padding: torch.Tensor | None) -> Context:
         past = 0
         if state is not None:
             if segments is not None:

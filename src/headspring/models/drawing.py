@@ -5,7 +5,7 @@ from headspring.models.part import Cost
 
 def draw(cost: Cost) -> str:
     """A text table of the ledger."""
-    rows = [("part", "shape", "parameters", "FLOPs/token", "state B/token")]
+    rows: list[tuple[str, ...]] = [("part", "shape", "parameters", "FLOPs/token", "state B/token")]
     _rows(cost, 0, rows)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []

@@ -22,19 +22,23 @@ def numerics_id() -> str:
     return f"native-{native.digest()}" if library() is not None else "plain"
 
 
-def library() -> "native.Library | None":
+def library() -> native.Library | None:
+    """The native operators, or None where they cannot be built or `HEADSPRING_KERNELS=plain` turns them off."""
     if os.environ.get("HEADSPRING_KERNELS") == "plain":
         return None
     return native.library()
 
 
+def built() -> native.Library:
+    """The native operators, where `use_native` has said that there are any."""
+    found = library()
+    assert found is not None
+    return found
+
+
 def use_native(x: torch.Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.dtype in NATIVE_DTYPES
-        and library() is not None
-    )
+    """Whether the native operators apply to a tensor like `x`, here and now."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype in NATIVE_DTYPES and library() is not None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -80,14 +84,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, epsilon):
         x, weight = x.contiguous(), weight.contiguous()
-        y, scale = library().rms_norm(x, weight.float(), epsilon)
+        y, scale = built().rms_norm(x, weight.float(), epsilon)
         ctx.save_for_backward(x, weight, scale)
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         x, weight, scale = ctx.saved_tensors
-        grad_x, grad_weight = library().rms_norm_backward(gradient.contiguous(), x, weight.float(), scale)
+        grad_x, grad_weight = built().rms_norm_backward(gradient.contiguous(), x, weight.float(), scale)
         return grad_x, grad_weight.to(weight.dtype), None
 
 
@@ -96,19 +100,19 @@ class _SiluMultiply(torch.autograd.Function):
     def forward(ctx, gate, up):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return library().silu_multiply(gate, up)
+        return built().silu_multiply(gate, up)
 
     @staticmethod
     def backward(ctx, gradient):
-        return library().silu_multiply_backward(gradient.contiguous(), *ctx.saved_tensors)
+        return built().silu_multiply_backward(gradient.contiguous(), *ctx.saved_tensors)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return library().rotate(x.contiguous(), cos, sin, inverse=False)
+        return built().rotate(x.contiguous(), cos, sin, inverse=False)
 
     @staticmethod
     def backward(ctx, gradient):
-        return library().rotate(gradient.contiguous(), *ctx.saved_tensors, inverse=True), None, None
+        return built().rotate(gradient.contiguous(), *ctx.saved_tensors, inverse=True), None, None

@@ -8,6 +8,8 @@ gradient is formed while the chunk is at hand, in place of its logits. `log_prob
 have its own gradient (DPO needs that); its backward pass makes the chunk again.
 """
 
+from typing import Protocol
+
 import torch
 
 from headspring.data.batch import IGNORE
@@ -16,7 +18,14 @@ from headspring.models import kernels
 CHUNK = 1024
 
 
-def cross_entropy_sum(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+class HasHead(Protocol):
+    """A model, as far as scoring is concerned: the matrix (V, D) that turns hidden states into logits."""
+
+    @property
+    def output_weight(self) -> torch.Tensor: ...
+
+
+def cross_entropy_sum(model: HasHead, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Σ −log p(target) in nats, a float32 scalar, over the targets that are not IGNORE.
 
     hidden (..., D), targets (...) int64. No target at all gives 0, with zero gradients.
@@ -25,7 +34,7 @@ def cross_entropy_sum(model: torch.nn.Module, hidden: torch.Tensor, targets: tor
     return _CrossEntropySum.apply(rows, model.output_weight, kept)
 
 
-def log_probs(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def log_probs(model: HasHead, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log p(target) in nats, (...) float32; 0 where the target is IGNORE. hidden (..., D), targets (...) int64."""
     rows, kept = _kept(hidden, targets)
     values = _LogProbs.apply(rows, model.output_weight, kept)
@@ -42,7 +51,7 @@ def _kept(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
 def _losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """−log p (N,) float32 and softmax − one-hot (N, V) in the dtype of `logits`, whose memory may be reused."""
     if kernels.use_native(logits):
-        losses = kernels.library().cross_entropy(logits, targets, 1.0)
+        losses = kernels.built().cross_entropy(logits, targets, 1.0)
         return losses, logits
     wide = logits.float()
     log_normaliser = wide.logsumexp(-1, keepdim=True)
@@ -56,19 +65,21 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weight, targets):
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        needs = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         narrow = weight.to(rows.dtype)
-        grad_rows = torch.empty_like(rows) if needs else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs else None
+        if not any(ctx.needs_input_grad[:2]):
+            for start in range(0, len(rows), CHUNK):
+                logits = rows[start : start + CHUNK] @ narrow.T
+                total += _losses_and_gradient(logits, targets[start : start + CHUNK])[0].sum()
+            return total
+        grad_rows = torch.empty_like(rows)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
             losses, gradient = _losses_and_gradient(chunk @ narrow.T, targets[start : start + CHUNK])
             total += losses.sum()
-            if needs:
-                torch.mm(gradient, narrow, out=grad_rows[start : start + CHUNK])
-                grad_weight += gradient.T @ chunk
-        if needs:
-            ctx.save_for_backward(grad_rows, grad_weight.to(weight.dtype))
+            grad_rows[start : start + CHUNK] = gradient @ narrow
+            grad_weight += gradient.T @ chunk
+        ctx.save_for_backward(grad_rows, grad_weight.to(weight.dtype))
         return total
 
     @staticmethod

@@ -10,9 +10,7 @@ import torch
 class KeyValueState:
     """Keys and values of one attention layer for up to `capacity` tokens a row."""
 
-    def __init__(
-        self, batch: int, kv_heads: int, capacity: int, channels: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, batch: int, kv_heads: int, capacity: int, channels: int, dtype: torch.dtype, device: torch.device):
         self.keys = torch.zeros(batch, kv_heads, capacity, channels, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.length = 0

@@ -4,9 +4,6 @@ The model answers each training task several times; the tasks' own rule says whi
 answers are all right or all wrong teaches no preference and is skipped, and counted. Where the model is never right the
 gold answer may stand in as chosen (`gold_as_chosen`); such a pair says so, for it is not a sample of the policy.
 The rejected answer is the wrong one the model gives most often.
-
-`PreferencePairs` is the data for the training loop: sample i is one pair, with the reference's log-probabilities beside
-it. A pair's token axis is the chosen row followed by the rejected row, `sequence_length` places each; `where` counts so.
 """
 
 import json
@@ -16,13 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
 from headspring.artifacts import UserError
 from headspring.artifacts.files import open_atomic
-from headspring.data.batch import IGNORE, Visit
-from headspring.data.permutation import Permutation, permutation
 from headspring.data.tasks import Task
 from headspring.posttraining.answers import Answer, Answerer, answer, prompt_ids
 
@@ -88,8 +80,14 @@ def make_pairs(
         right_rate=sum(flat) / max(len(flat), 1),
     )
     if not pairs:
-        hint = "ask for more answers or a higher temperature" if report.all_right else "set gold_as_chosen or train sft longer"
-        raise UserError(f"no preference pair among {len(asked)} tasks: {report.all_right} always right, the rest always wrong; {hint}")
+        hint = (
+            "ask for more answers or a higher temperature"
+            if report.all_right
+            else "set gold_as_chosen or train sft longer"
+        )
+        raise UserError(
+            f"no preference pair among {len(asked)} tasks: {report.all_right} always right, the rest never; {hint}"
+        )
     return pairs, report
 
 
@@ -147,108 +145,3 @@ def _from_json(line: bytes) -> Pair:
     value = json.loads(line.decode("utf-8", "surrogatepass"))
     ids = {name: tuple(value[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
     return Pair(**{**value, **ids})
-
-
-@dataclass(frozen=True)
-class PairSample:
-    """One pair with the reference's summed log-probabilities of its two answers (natural logarithm)."""
-
-    pair: Pair
-    reference_chosen: float
-    reference_rejected: float
-
-
-@dataclass
-class PairBatch:
-    """P pairs as 2P rows, the chosen ones first; padded on the right to T."""
-
-    inputs: torch.Tensor  # (2P, T) int64
-    targets: torch.Tensor  # (2P, T) int64, IGNORE outside the answers
-    reference: torch.Tensor  # (2P,) float32
-
-    @property
-    def pairs(self) -> int:
-        return self.inputs.shape[0] // 2
-
-    def to(self, device: torch.device | str) -> "PairBatch":
-        return PairBatch(self.inputs.to(device), self.targets.to(device), self.reference.to(device))
-
-
-def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prompt, answer) rows as inputs and answer-only targets, (B, T) int64 each, T the longest row's inputs.
-
-    A causal model never looks right, so padding there needs no mask; its targets are IGNORE."""
-    length = max(len(prompt) + len(answer_ids) for prompt, answer_ids in rows) - 1
-    inputs = np.full((len(rows), length), pad_id, dtype=np.int64)
-    targets = np.full((len(rows), length), IGNORE, dtype=np.int64)
-    for row, (prompt, answer_ids) in enumerate(rows):
-        ids = np.array([*prompt, *answer_ids], dtype=np.int64)
-        inputs[row, : len(ids) - 1] = ids[:-1]
-        targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
-
-
-class PreferencePairs:
-    """A `SampleSource` of pairs: epoch after epoch in a new seeded order, `num_samples` in all.
-
-    `reference` is (n, 2) float: the frozen reference's log-probability of each pair's chosen and rejected answer.
-    Pairs longer than `sequence_length` are dropped and counted. The rows of a batch are chosen to be of any length:
-    sorting them would make a sample depend on more than its index."""
-
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        reference: np.ndarray,
-        pad_id: int,
-        sequence_length: int,
-        seed: int = 0,
-        num_samples: int | None = None,
-        epochs: int | None = None,
-    ):
-        if (num_samples is None) == (epochs is None):
-            raise ValueError("give num_samples or epochs, one of the two")
-        if reference.shape != (len(pairs), 2):
-            raise ValueError(f"reference has shape {reference.shape}, expected ({len(pairs)}, 2)")
-        kept = [index for index, pair in enumerate(pairs) if pair.length <= sequence_length]
-        if not kept:
-            raise UserError(f"none of {len(pairs)} pairs fits into {sequence_length} tokens; raise sequence_length")
-        self.pairs = [pairs[index] for index in kept]
-        self.dropped = len(pairs) - len(kept)
-        self.sequence_length, self.seed = sequence_length, seed
-        self._reference, self._pad = reference[kept], pad_id
-        self.num_samples = num_samples if num_samples is not None else (epochs or 0) * len(self.pairs)
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def sample(self, index: int) -> PairSample:
-        """Pair `index` of the stream; pure, and defined for every index ≥ 0."""
-        epoch, place = divmod(index, len(self.pairs))
-        item = self._order(epoch)(place)
-        chosen, rejected = self._reference[item].tolist()
-        return PairSample(self.pairs[item], chosen, rejected)
-
-    def collate(self, samples: Sequence[PairSample]) -> PairBatch:
-        """The pairs' chosen rows, then their rejected rows."""
-        pairs = [sample.pair for sample in samples]
-        rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
-        rows += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
-        reference = [sample.reference_chosen for sample in samples] + [sample.reference_rejected for sample in samples]
-        return PairBatch(*pad_rows(rows, self._pad), torch.tensor(reference, dtype=torch.float32))
-
-    def where(self, document_id: str) -> list[Visit]:
-        """Every visit among the `num_samples` samples, two a sample: the chosen row's inputs and the rejected row's."""
-        epochs = -(-self.num_samples // len(self.pairs))
-        visits = []
-        for item, pair in enumerate(self.pairs):
-            if pair.document_id != document_id:
-                continue
-            samples = [epoch * len(self.pairs) + self._order(epoch).inverse(item) for epoch in range(epochs)]
-            for index in (sample for sample in samples if sample < self.num_samples):
-                for start, ids in ((0, pair.chosen_ids), (self.sequence_length, pair.rejected_ids)):
-                    end = start + len(pair.prompt_ids) + len(ids) - 1
-                    visits.append(Visit(index, start, end, pair.byte_start, pair.byte_end))
-        return sorted(visits, key=lambda visit: (visit.sample, visit.start))
-
-    def _order(self, epoch: int) -> Permutation:
-        return permutation(len(self.pairs), "pairs", self.seed, epoch)

@@ -33,7 +33,7 @@ def rate(right: Sequence[bool]) -> dict[str, Any]:
 def difference(
     before: Sequence[bool], after: Sequence[bool], seed: int = 0, num_resamples: int = 4000
 ) -> dict[str, float]:
-    """`{"mean", "low", "high"}`: rate after − rate before on the same tasks, with the 95 % interval of a paired bootstrap."""
+    """`{"mean", "low", "high"}`: rate after − rate before on the same tasks; 95 % interval of a paired bootstrap."""
     if len(before) != len(after):
         raise ValueError(f"{len(before)} answers before and {len(after)} after: they must be to the same tasks")
     if not before:

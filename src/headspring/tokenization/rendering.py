@@ -108,7 +108,8 @@ def fragments(tokenizer: "Tokenizer", messages: list[chat.Message], ask: bool) -
         found.append((before, int(number)))
     missing = set(range(len(messages))) - {index for _, index in found}
     if missing:
-        raise UserError(f"the tokenizer's chat template leaves out message {min(missing)} ({messages[min(missing)].role})")
+        first = min(missing)
+        raise UserError(f"the tokenizer's chat template leaves out message {first} ({messages[first].role})")
     return [*found, (rest, -1)]
 
 

@@ -6,6 +6,7 @@ can, and only through `render`; ids become text one by one without broken charac
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -133,6 +134,14 @@ class Tokenizer:
         self._check([id])
         return self._bytes[id]
 
+    def ids_with_prefix(self, prefix: bytes) -> np.ndarray:
+        """(k,) int64: ordinary tokens whose bytes begin with `prefix` or are it; what token healing allows."""
+        if not prefix:
+            raise ValueError("every token begins with the empty prefix")
+        pieces, ids = self._sorted_bytes
+        first, last = bisect_left(pieces, prefix), bisect_left(pieces, prefix + b"\xff" * 64)
+        return np.sort(np.asarray(ids[first:last], np.int64))
+
     # -- text to ids -------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
@@ -189,6 +198,12 @@ class Tokenizer:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     @cached_property
+    def _sorted_bytes(self) -> tuple[list[bytes], list[int]]:
+        pairs = [(piece, i) for i, piece in enumerate(self._bytes) if piece and i not in self.control_ids]
+        pairs = sorted(pair for pair in pairs if pair[1] != self.unk_id)
+        return [piece for piece, _ in pairs], [i for _, i in pairs]
+
+    @cached_property
     def _is_byte(self) -> np.ndarray:
         """(vocab,) bool: byte-fallback tokens such as `<0x0A>`."""
         tokens = (self.library.id_to_token(i) or "" for i in range(self.vocab_size))
@@ -204,7 +219,9 @@ class Tokenizer:
         try:
             encodings = run([part for _, part in chunks], add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
-            raise UserError("text with lone surrogates is not Unicode: decode its bytes with errors='replace'") from error
+            raise UserError(
+                "text with lone surrogates is not Unicode; decode its bytes with errors='replace'"
+            ) from error
         return zip((index for index, _ in chunks), encodings, strict=True)
 
     def _ids(self, encoding: Any) -> list[int]:
@@ -230,7 +247,7 @@ class Tokenizer:
         return name if name in self.control else own if own in self.control else None
 
     def _check(self, ids: Sequence[int]) -> None:
-        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
             raise UserError(f"token id {wrong} is outside the vocabulary of {self.vocab_size} tokens")
 

@@ -5,12 +5,14 @@ distinct words and not the corpus). The short versions in `reference/` show the 
 against it. Control tokens get the last ids and are never part of the model, so that no string can spell one.
 
 Byte-level BPE starts from all 256 bytes and normalises nothing: every string comes back exactly.
-Unigram writes spaces as `▁` (SentencePiece's way) and falls back to bytes: exact but for a literal `▁`, read as a space.
+Unigram writes spaces as `▁` (SentencePiece's way) and falls back to bytes: exact, but for a literal `▁`, which it
+reads as a space.
 WordPiece drops white space and knows an unknown token: it reads, but does not write back.
 """
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -20,7 +22,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from headspring.artifacts import UserError, Value
 from headspring.text.chat import CONTROL_TOKENS
 from headspring.tokenization.pieces import META
-from headspring.tokenization.splitting import DigitPolicy, chunks, split_pattern
+from headspring.tokenization.splitting import DIGITS, DigitPolicy, chunks, split_pattern
 from headspring.tokenization.tokenizer import Tokenizer
 
 BYTES = 256
@@ -56,10 +58,14 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     smallest = _smallest(config)
     if config.vocab_size < smallest:
         raise UserError(f"vocab_size={config.vocab_size} is too small for {config.kind}: use at least {smallest}")
+    filled = (text for text in texts if text)
+    first = next(filled, None)
+    if first is None:
+        raise UserError("the corpus for the tokenizer is empty: give it documents with text")
     counter = _Counter()
     train = {"bpe": _train_bpe, "wordpiece": _train_wordpiece, "unigram": _train_unigram}[config.kind]
     size = config.vocab_size - len(CONTROL_TOKENS)
-    library = train(counter.count(texts), config, size)
+    library = train(counter.count(chain([first], filled)), config, size)
     _check_size(library.get_vocab_size(), size, config, counter)
     library.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
     return Tokenizer(library)
@@ -87,8 +93,8 @@ def _train_bpe(texts: Iterator[str], config: TokenizerConfig, size: int) -> Libr
 
 def _train_wordpiece(texts: Iterator[str], config: TokenizerConfig, size: int) -> LibraryTokenizer:
     unknown = UNKNOWN["wordpiece"]
-    library = LibraryTokenizer(models.WordPiece(unk_token=unknown))  # type: ignore[call-arg]
-    digits = pre_tokenizers.Split(Regex(split_digits(config.digits)), "isolated")
+    library = LibraryTokenizer(models.WordPiece(unk_token=unknown))
+    digits = pre_tokenizers.Split(Regex(DIGITS[config.digits]), "isolated")
     library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), digits])
     library.decoder = decoders.WordPiece(cleanup=False)
     trainer = trainers.WordPieceTrainer(
@@ -114,13 +120,6 @@ def _train_unigram(texts: Iterator[str], config: TokenizerConfig, size: int) -> 
     )
     library.train_from_iterator(texts, trainer)
     return _with_byte_pieces(library) if fallback else _without_added(library)
-
-
-def split_digits(digits: DigitPolicy) -> str:
-    """The digit rule alone, for kinds that split words in another way."""
-    from headspring.tokenization.splitting import DIGITS
-
-    return DIGITS[digits]
 
 
 def _split(config: TokenizerConfig) -> pre_tokenizers.Split:
@@ -156,13 +155,10 @@ class _Counter:
 
 
 def _check_size(found: int, wanted: int, config: TokenizerConfig, counter: _Counter) -> None:
-    if counter.characters == 0:
-        raise UserError("the corpus for the tokenizer is empty: give it documents with text")
     if found > wanted:
         least = found + len(CONTROL_TOKENS)
-        raise UserError(
-            f"vocab_size={config.vocab_size} does not hold this corpus's characters: {config.kind} needs at least {least}"
-        )
+        needs = f"{config.kind} needs at least {least}"
+        raise UserError(f"vocab_size={config.vocab_size} does not hold this corpus's characters: {needs}")
     if found < wanted:
         largest = found + len(CONTROL_TOKENS)
         possible = f"{found - BYTES} merges were" if config.kind == "bpe" else f"{found} pieces were"

@@ -2,8 +2,9 @@
 
 The library marks control tokens as *added* tokens and, by default, cuts them out of any text it encodes, so that a
 user who types `<|end|>` ends a turn. Its switch `encode_special_tokens` stops the cutting but not the model: Unigram
-and WordPiece look strings up in the vocabulary, and `</s>` is in there. So text is encoded by a *twin* of the tokenizer
-whose vocabulary does not hold the control tokens at all. Control ids are then placed by name, by the chat renderer only.
+and WordPiece look strings up in the vocabulary, and `</s>` is in there. So text is encoded by a *twin* of the
+tokenizer whose vocabulary does not hold the control tokens at all. Control ids are placed by name, by the chat
+renderer only.
 
 What it gives up: a second copy of the vocabulary in memory (a few MB for 100,000 tokens).
 """
@@ -39,7 +40,7 @@ def plain_twin(description: dict[str, Any], control: dict[str, int]) -> tuple[Li
     twin.update(post_processor=None, truncation=None, padding=None)
     twin["added_tokens"] = [token for token in description.get("added_tokens", []) if token["content"] not in control]
     if twin["model"]["type"] == "Unigram":
-        twin["model"]["vocab"] = _unigram_without(twin["model"], control)
+        twin["model"]["vocab"] = _unigram_without(twin["model"], {*control, unknown_token(description)})
     elif set(control) & set(twin["model"]["vocab"]):
         twin["model"]["vocab"] = {token: i for token, i in twin["model"]["vocab"].items() if token not in control}
         if twin["model"]["type"] == "BPE":
@@ -53,20 +54,20 @@ def _allowed(merge: list[str] | str, control: dict[str, int]) -> bool:
     return not {left, right, left + right} & set(control)
 
 
-def _unigram_without(model: dict[str, Any], control: dict[str, int]) -> list[list[Any]]:
-    """A Unigram vocabulary in which no control token can match.
+def _unigram_without(model: dict[str, Any], hidden: set[str | None]) -> list[list[Any]]:
+    """A Unigram vocabulary in which no control token, nor a typed `<unk>`, can match.
 
-    Ids are positions in a list, so nothing can simply be taken out. Control tokens at the end are cut off; any other
+    Ids are positions in a list, so nothing can simply be taken out. Hidden pieces at the end are cut off; any other
     is overwritten by the last piece of the list: of equal pieces the library keeps the later id.
     Byte pieces get a score that no spelling by characters falls below, so that a typed `<0x41>` stays text.
     """
     vocab = [list(piece) for piece in model["vocab"]]
-    while vocab and vocab[-1][0] in control:
+    while vocab and vocab[-1][0] in hidden:
         vocab.pop()
     ordinary = [score for piece, score in vocab if not BYTE_PIECE.fullmatch(piece)]
     lowest = 8 * min(ordinary, default=0.0) - 8
     for piece in vocab:
-        if piece[0] in control:
+        if piece[0] in hidden:
             piece[:] = vocab[-1]
         elif model.get("byte_fallback") and BYTE_PIECE.fullmatch(piece[0]):
             piece[1] = lowest

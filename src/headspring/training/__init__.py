@@ -1,1 +1,1 @@
-
+"""Training: one loop for every trainer, its optimizers, schedules, checkpoints and parallelism."""

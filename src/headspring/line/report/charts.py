@@ -57,7 +57,9 @@ class LineChart:
     bottom: float = HEIGHT - BOTTOM
 
 
-def line_chart(title: str, series: Sequence[Series], x_label: str = "step", from_zero: bool = False) -> LineChart | None:
+def line_chart(
+    title: str, series: Sequence[Series], x_label: str = "step", from_zero: bool = False
+) -> LineChart | None:
     """A chart of the series that have points, or None where none has."""
     series = [one for one in series if one.points]
     if not series:
@@ -118,7 +120,9 @@ def bucketed(points: Points, limit: int = POINTS) -> list[tuple[float, float, fl
     """(x, mean, least, greatest) of at most `limit` runs of neighbouring points of equal length."""
     size = math.ceil(len(points) / limit)
     runs = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(run[-1][0], sum(y for _, y in run) / len(run), min(y for _, y in run), max(y for _, y in run)) for run in runs]
+    return [
+        (run[-1][0], sum(y for _, y in run) / len(run), min(y for _, y in run), max(y for _, y in run)) for run in runs
+    ]
 
 
 @dataclass(frozen=True)

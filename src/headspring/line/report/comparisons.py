@@ -11,13 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headspring.artifacts.errors import UserError
+from headspring.evaluation.tasks import paired_difference
+from headspring.line.recipe import INITIAL
 from headspring.line.report import formats
 from headspring.line.report.reading import TRAINED_KINDS, RunView, StageView, lookup, number
 
+VISIBLE_BITS = 0.005  # a change of bits per byte (which come without an interval) that is worth a colour
 RATES = (
     ("task_accuracy", "tasks right"),
     ("parse_rate", "generated code that parses"),
-    ("doctest_pass_rate", "doctests passed by execution"),
+    ("doctest_pass_rate", "outputs confirmed by execution"),
+    ("function_pass_rate", "functions written that pass their doctests"),
 )
 
 
@@ -64,61 +69,71 @@ def verdicts(run: RunView) -> list[Verdict]:
 
 
 def _judge_pretrain(run: RunView, stage: StageView) -> Verdict | None:
-    before = number(lookup(_evaluation(run, "initial"), "bits_per_byte.all"))
-    after = number(lookup(_evaluation(run, stage.name), "bits_per_byte.all"))
-    if before is None or after is None:
-        return None
-    state = "improved" if after < before else "failed"
-    sentence = (
-        f"{stage.name} brought held-out text from {before:.3f} to {after:.3f} bits per byte."
-        if state == "improved"
-        else f"{stage.name} did not lower the bits per byte of held-out text: {before:.3f} before, {after:.3f} after."
-    )
-    change = formats.signed(after - before)
-    return Verdict(stage.name, "held-out bits per byte", f"{before:.3f}", f"{after:.3f}", change, state, sentence)
+    before, after = run.evaluation(f"{stage.name}/{INITIAL}"), run.evaluation(stage.name)
+    if before and after and "bits_per_byte" in after.metrics:
+        levels = (lookup(each.metrics, "bits_per_byte.all") for each in (before, after))
+        return _judge_level(stage, "held-out bits per byte", *levels)
+    levels = (lookup(stage.metrics, f"validation_{when}.bits_per_byte") for when in ("before", "after"))
+    return _judge_level(stage, "validation bits per byte", *levels)
 
 
 def _judge_sft(run: RunView, stage: StageView) -> Verdict | None:
-    before, after = _around(run, stage)
-    return _judge_rate(stage, "held-out tasks right", before.get("task_accuracy"), after.get("task_accuracy"))
+    before, after = run.evaluation(stage.model), run.evaluation(stage.name)
+    if before and after and "task_accuracy" in after.metrics:
+        return _judge_rate(stage, "held-out tasks right", *_accuracies(before, after), change_interval(before, after))
+    levels = (lookup(stage.metrics, f"validation_{when}.loss") for when in ("before", "after"))
+    return _judge_level(stage, "validation loss, nats", *levels)
 
 
 def _judge_preference(run: RunView, stage: StageView) -> Verdict | None:
-    rule = lookup(stage.metrics, "rule_rate", "held_out_rate")
-    if isinstance(rule, dict) and "before" in rule and "after" in rule:
-        return _judge_rate(stage, "answers that keep the rule", rule["before"], rule["after"], rule.get("difference"))
-    before, after = _around(run, stage)
-    return _judge_rate(stage, "held-out tasks right", before.get("task_accuracy"), after.get("task_accuracy"))
+    rule = lookup(stage.metrics, "rule_rate")
+    if rule is not None:
+        metric, ends = "held-out answers that keep the rule", _interval(rule["difference"])
+        return _judge_rate(stage, metric, rule["before"], rule["after"], ends)
+    return _judge_sft(run, stage)
 
 
-def _judge_rate(stage: StageView, metric: str, before: Any, after: Any, difference: Any = None) -> Verdict | None:
+def _accuracies(before: StageView, after: StageView) -> tuple[Any, Any]:
+    return before.metrics.get("task_accuracy"), after.metrics["task_accuracy"]
+
+
+def _judge_level(stage: StageView, metric: str, before: Any, after: Any) -> Verdict | None:
+    """A figure that should fall and has no interval."""
+    old, new = number(before), number(after)
+    if old is None or new is None:
+        return None
+    sentence = "" if new < old else f"{stage.name} did not lower its {metric}, which is what it is for."
+    state = "improved" if new < old else "failed"
+    return Verdict(stage.name, metric, f"{old:.3f}", f"{new:.3f}", formats.signed(new - old), state, sentence)
+
+
+def _judge_rate(
+    stage: StageView, metric: str, before: Any, after: Any, ends: tuple[float, float] | None
+) -> Verdict | None:
+    """A rate that should rise; `ends` is the interval of the difference."""
     old, new = rate_of(before), rate_of(after)
     if old is None or new is None:
         return None
-    low, high = _interval(difference) or difference_interval(before, after) or (math.nan, math.nan)
     gain = new - old
-    state = "failed" if gain <= 0 else "improved" if low > 0 else "unclear"
-    span = "" if math.isnan(low) else f"{formats.signed_points(low)} … {formats.signed_points(high)}"
-    points = f"{formats.signed_points(gain)} points" + (f" (95 %: {span})" if span else "")
-    moved = f"{formats.percent(old)} to {formats.percent(new)}"
+    state = "failed" if gain <= 0 else "improved" if ends and ends[0] > 0 else "unclear"
+    span = f" (95 %: {formats.signed_points(ends[0])} … {formats.signed_points(ends[1])})" if ends else ""
     sentence = {
-        "improved": f"{stage.name} raised {metric} from {moved}.",
-        "unclear": f"{stage.name} moved {metric} from {moved}, which is within chance; more test tasks would tell.",
-        "failed": f"{stage.name} did not raise {metric}: from {moved}.",
+        "improved": "",
+        "unclear": "The interval of the change holds zero: this could be chance.",
+        "failed": f"{stage.name} did not raise the share of {metric}, which is what it is for.",
     }[state]
-    return Verdict(stage.name, metric, rate_text(before), rate_text(after), points, state, sentence)
+    change = f"{formats.signed_points(gain)} points{span}"
+    return Verdict(stage.name, metric, rate_text(before), rate_text(after), change, state, sentence)
 
 
-def _around(run: RunView, stage: StageView) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics of the evaluations of the model a stage started from, and of the model it made."""
-    trained = {other.name for other in run.of_kind(*TRAINED_KINDS)}
-    parent = next((name for name in stage.parents if name in trained), "")
-    return _evaluation(run, parent), _evaluation(run, stage.name)
-
-
-def _evaluation(run: RunView, model: str) -> dict[str, Any]:
-    """Metrics of the evaluation of `model` ({} where there is none)."""
-    return next((stage.metrics for stage in run.of_kind("evaluate") if stage.measures == model), {})
+def change_interval(before: StageView, after: StageView, kind: str | None = None) -> tuple[float, float] | None:
+    """95 % interval of the change of task accuracy between two evaluations, of one kind of task or of all."""
+    try:
+        _, low, high = paired_difference(before.folder, after.folder, kind)
+        return low, high
+    except UserError:  # no answers were kept, or the two were asked different tasks
+        path = f"tasks.{kind}" if kind else "task_accuracy"
+        return difference_interval(lookup(before.metrics, path), lookup(after.metrics, path))
 
 
 def rate_of(value: Any) -> float | None:
@@ -127,10 +142,9 @@ def rate_of(value: Any) -> float | None:
 
 
 def rate_text(value: Any) -> str:
-    """"45.7 % (41.0 – 50.4)"."""
-    low, high = _interval(value) or (None, None)
-    text = formats.percent(rate_of(value))
-    return text if low is None else f"{text} ({100 * low:.1f} – {100 * high:.1f})"
+    """ "45.7 % (41.0 – 50.4)"."""
+    ends, text = _interval(value), formats.percent(rate_of(value))
+    return f"{text} ({100 * ends[0]:.1f} – {100 * ends[1]:.1f})" if ends else text
 
 
 def _interval(value: Any) -> tuple[float, float] | None:
@@ -155,48 +169,63 @@ def difference_interval(before: Any, after: Any) -> tuple[float, float] | None:
 def matrix(run: RunView) -> Matrix:
     """All metrics of all evaluations."""
     stages = run.of_kind("evaluate")
-    metrics = [stage.metrics for stage in stages]
-    rows: list[tuple[str, list[Cell]]] = []
-    for source in _keys(metrics, "bits_per_byte"):
-        values = [number(lookup(each, "bits_per_byte")[source]) if source in (each.get("bits_per_byte") or {}) else None
-                  for each in metrics]  # fmt: skip
-        rows.append((f"bits per byte · {source}", _level_cells(values)))
+    rows = [
+        (
+            f"bits per byte · {source}",
+            _level_cells([(stage.metrics.get("bits_per_byte") or {}).get(source) for stage in stages]),
+        )
+        for source in _keys(stages, "bits_per_byte")
+    ]
     for key, label in RATES:
-        if any(rate_of(each.get(key)) is not None for each in metrics):
-            rows.append((label, _rate_cells([each.get(key) for each in metrics])))
-    for task in _keys(metrics, "tasks"):
-        rows.append((f"task · {task}", _rate_cells([(each.get("tasks") or {}).get(task) for each in metrics])))
-    return Matrix([stage.measures or stage.name for stage in stages], rows)
+        cells = _rate_cells(stages, key)
+        rows += [(label, cells)] if any(cell.interval for cell in cells) else []
+    rows += [(f"task · {kind}", _rate_cells(stages, "tasks", kind)) for kind in _keys(stages, "tasks")]
+    return Matrix([model_label(stage) for stage in stages], rows)
 
 
-def _keys(metrics: Sequence[dict[str, Any]], group: str) -> list[str]:
+def model_label(stage: StageView) -> str:
+    """How an evaluation's model is called in tables: its stage's name, or `untrained` for an initial model."""
+    name, _, part = stage.model.partition("/")
+    return "untrained" if part == INITIAL else name or stage.name
+
+
+def _keys(stages: Sequence[StageView], group: str) -> list[str]:
     """Keys of a group in any evaluation, `all` first."""
-    keys = dict.fromkeys(key for each in metrics for key in (each.get(group) or {}))
+    keys = {key for stage in stages for key in stage.metrics.get(group) or {}}
     return sorted(keys, key=lambda key: (key != "all", key))
 
 
-def _level_cells(values: Sequence[float | None]) -> list[Cell]:
+def _level_cells(values: Sequence[Any]) -> list[Cell]:
     """Cells of a figure that should fall."""
-    cells, last = [], None
-    for value in values:
+    cells: list[Cell] = []
+    last: float | None = None
+    for value in map(number, values):
         change = None if value is None or last is None else value - last
-        state = "" if change is None or abs(change) < 5e-4 else "better" if change < 0 else "worse"
+        state = "" if change is None or abs(change) < VISIBLE_BITS else "better" if change < 0 else "worse"
         cells.append(Cell(formats.plain(value), "", formats.signed(change) if change is not None else "", state))
         last = value if value is not None else last
     return cells
 
 
-def _rate_cells(values: Sequence[Any]) -> list[Cell]:
+def _rate_cells(stages: Sequence[StageView], key: str, kind: str | None = None) -> list[Cell]:
     """Cells of a rate that should rise; coloured where the interval of the difference excludes zero."""
-    cells, last = [], None
-    for value in values:
+    cells: list[Cell] = []
+    last: StageView | None = None
+    for stage in stages:
+        value = _rate_at(stage, key, kind)
         rate, ends = rate_of(value), _interval(value)
         change, state = "", ""
-        if rate is not None and rate_of(last) is not None:
-            change = formats.signed_points(rate - (rate_of(last) or 0.0))
-            low, high = difference_interval(last, value) or (0.0, 0.0)
+        if last is not None and rate is not None:
+            before = _rate_at(last, key, kind)
+            change = formats.signed_points(rate - (rate_of(before) or 0.0))
+            tasks = key in ("tasks", "task_accuracy")
+            low, high = (change_interval(last, stage, kind) if tasks else difference_interval(before, value)) or (0, 0)
             state = "better" if low > 0 else "worse" if high < 0 else ""
         interval = f"{100 * ends[0]:.1f} – {100 * ends[1]:.1f}" if ends else ""
         cells.append(Cell(formats.percent(rate), interval, change, state))
-        last = value if rate is not None else last
+        last = stage if rate is not None else last
     return cells
+
+
+def _rate_at(stage: StageView, key: str, kind: str | None) -> Any:
+    return (stage.metrics.get(key) or {}).get(kind) if kind else stage.metrics.get(key)

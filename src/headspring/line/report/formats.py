@@ -77,7 +77,7 @@ def visible(text: object) -> str:
 
 def _visible(character: str) -> str:
     code = ord(character)
-    if character in "\n\t" or code >= 0x20 and unicodedata.category(character) not in ("Cc", "Cf"):
+    if character in "\n\t" or (code >= 0x20 and unicodedata.category(character) not in ("Cc", "Cf")):
         return character
     if code < 0x20:
         return chr(0x2400 + code)

@@ -1,4 +1,4 @@
-"""The data stage's report as a funnel: what was read, what each rule took away and why, what was kept and where it went."""
+"""The data stage's report as a funnel: what was read, what each rule took away, what was kept, where it went."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -35,14 +35,23 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Cluster:
+    size: int
+    members: list[str]
+    text: str
+
+
+@dataclass(frozen=True)
 class Funnel:
     read: Amount
     removed: list[Removal]
     kept: Amount
     sources: list[Source]
     splits: list[tuple[str, Amount]]
+    edited_away_bytes: int
     clusters: int
-    cluster_examples: list[dict[str, Any]]
+    cluster_examples: list[Cluster]
+    contamination: dict[str, int]
     corpus_hash: str
 
 
@@ -59,10 +68,15 @@ def funnel(report: dict[str, Any]) -> Funnel | None:
         read,
         removals(sources, whole),
         kept,
-        [Source(name, _amount(value.get("read"), whole), _amount(value.get("kept"), whole)) for name, value in sources.items()],
+        [
+            Source(name, _amount(value.get("read"), whole), _amount(value.get("kept"), whole))
+            for name, value in sources.items()
+        ],
         [(split, _amount(value, kept.bytes)) for split, value in (report.get("splits") or {}).items()],
+        sum(int(source.get("edited_away_bytes") or 0) for source in sources.values()),
         int(number(duplicates.get("clusters")) or 0),
-        list(duplicates.get("largest") or [])[:CLUSTERS],
+        [Cluster(**cluster) for cluster in (duplicates.get("largest") or [])[:CLUSTERS]],
+        report.get("contamination") or {},
         str(report.get("corpus_hash") or ""),
     )
 
@@ -80,15 +94,15 @@ def removals(sources: dict[str, Any], whole: int) -> list[Removal]:
             examples.setdefault(rule, []).extend(_example(each) for each in removed.get("examples") or [])
     share = {rule: size / whole if whole else 0.0 for rule, size in sizes.items()}
     order = sorted(documents, key=lambda rule: (-sizes[rule], rule))
-    return [Removal(rule, Amount(documents[rule], sizes[rule], share[rule]), examples[rule][:EXAMPLES]) for rule in order]
+    return [
+        Removal(rule, Amount(documents[rule], sizes[rule], share[rule]), examples[rule][:EXAMPLES]) for rule in order
+    ]
 
 
 def _example(value: Any) -> str:
-    """An example's text with its reason, shortened; the data stage writes strings or {"text", "reason", …}."""
-    if isinstance(value, dict):
-        head = " · ".join(str(value[key]) for key in ("path", "reason") if value.get(key))
-        value = f"{head}\n{value.get('text', '')}" if head else value.get("text", "")
-    return str(value)[:EXAMPLE_CHARACTERS]
+    """Where an example comes from and why it went, above the start of its text."""
+    head = " · ".join(value[key] for key in ("path", "reason") if value.get(key))
+    return f"{head}\n{value['text']}"[:EXAMPLE_CHARACTERS]
 
 
 def _amount(value: Any, whole: int = 0) -> Amount:

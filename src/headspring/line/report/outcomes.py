@@ -59,8 +59,8 @@ def _evaluate(stage: StageView) -> list[str]:
 
 def _baselines(stage: StageView) -> list[str]:
     return [
-        _say(stage, "5-gram {} bits/B", formats.plain, "kneser_ney_5gram.all", "kneser_ney_5gram"),
-        _say(stage, "xz {} bits/B", formats.plain, "xz.all", "xz"),
+        _say(stage, "n-gram {} bits/B", formats.plain, *(f"kneser_ney_{n}gram.all" for n in range(1, 9))),
+        _say(stage, "xz {} bits/B", formats.plain, "xz.all"),
     ]
 
 

@@ -11,7 +11,7 @@ from headspring.line.report import formats
 from headspring.line.report.outcomes import outcome
 from headspring.line.report.reading import MEASURING_KINDS, RunView, StageView
 
-BOX, GAP, TALL, SMALL, DROP = 150, 30, 84, 60, 18  # widths and heights in pixels
+BOX, GAP, TALL, SMALL, DROP = 160, 26, 84, 60, 18  # widths and heights in pixels
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ def picture(run: RunView, failed: set[str]) -> Picture:
     makers = [stage for stage in run.stages if stage.kind not in MEASURING_KINDS]
     column = {stage.name: index for index, stage in enumerate(makers)}
     arcs = [(column[parent], column[stage.name]) for stage in makers for parent in stage.parents if parent in column]
-    arcs += [(index - 1, index) for index, stage in enumerate(makers) if index and not stage.manifest]
     longest = max((after - before for before, after in arcs), default=1)
     top = 16.0 + (12 * longest if longest > 1 else 0)
     boxes = [_box(stage, column[stage.name] * (BOX + GAP), top, TALL, failed) for stage in makers]
@@ -58,10 +57,9 @@ def picture(run: RunView, failed: set[str]) -> Picture:
 
 
 def _measured(stage: StageView, column: dict[str, int]) -> int:
-    """The column of the stage that `stage` is about: by name where that says it, else its latest input."""
-    if stage.measures in column:
-        return column[stage.measures]
-    return max((column[parent] for parent in stage.parents if parent in column), default=0)
+    """The column of the stage that `stage` is about: that of its model, else its latest input."""
+    model = stage.model.partition("/")[0]
+    return column.get(model, max((column[parent] for parent in stage.parents if parent in column), default=0))
 
 
 def _box(stage: StageView, x: float, y: float, height: float, failed: set[str]) -> Box:

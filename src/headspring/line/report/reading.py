@@ -14,6 +14,7 @@ from typing import Any
 from headspring.artifacts.errors import UserError
 from headspring.artifacts.files import read_json
 from headspring.artifacts.manifest import Manifest, read_manifest
+from headspring.line.record import FILE, read_record
 
 TRAINED_KINDS = ("pretrain", "sft", "preference")
 MEASURING_KINDS = ("evaluate", "baselines")
@@ -21,12 +22,13 @@ MEASURING_KINDS = ("evaluate", "baselines")
 
 @dataclass(frozen=True)
 class StageView:
-    """One stage: its manifest (None where it did not finish) and its training log (empty where there is none)."""
+    """One stage: its manifest (None where it did not finish) and what fills its inputs (role → stage or stage/part)."""
 
     name: str
     kind: str
     folder: Path
     manifest: Manifest | None
+    inputs: dict[str, str]
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -38,25 +40,24 @@ class StageView:
 
     @property
     def parents(self) -> list[str]:
-        """Names of the stages this one was made from, without repeats, in the manifest's order."""
-        sources = self.manifest.inputs.values() if self.manifest else ()
-        return list(dict.fromkeys(source["stage"] for source in sources))
+        """Names of the stages this one is made from, without repeats."""
+        return list(dict.fromkeys(source.partition("/")[0] for source in self.inputs.values()))
 
     @property
-    def measures(self) -> str | None:
-        """The model an evaluation is about: `evaluate-sft` → `sft`; None for other kinds."""
-        return self.name.partition("-")[2] or None if self.kind == "evaluate" else None
+    def model(self) -> str:
+        """The model the stage starts from or measures: `pretrain`, or `pretrain/initial` for the untrained one."""
+        return self.inputs.get("model", "")
 
     @cached_property
     def log(self) -> list[dict[str, Any]]:
-        """The lines of `logs/metrics.jsonl`. A resumed run repeats steps; the last line of a step counts."""
+        """The lines of `logs/metrics.jsonl`; empty where there is none."""
         path = self.folder / "logs" / "metrics.jsonl"
         return read_log(path) if path.is_file() else []
 
 
 @dataclass(frozen=True)
 class RunView:
-    """A run folder: its recipe, its stages in order, the data stage's report."""
+    """A run folder: its recipe as resolved, its stages in order, the data stage's report."""
 
     folder: Path
     name: str
@@ -65,51 +66,52 @@ class RunView:
     stages: list[StageView]
     data_report: dict[str, Any] = field(default_factory=dict)
 
-    def stage(self, name: str) -> StageView | None:
-        return next((stage for stage in self.stages if stage.name == name), None)
-
     def of_kind(self, *kinds: str) -> list[StageView]:
         """Finished stages of these kinds, in order."""
         return [stage for stage in self.stages if stage.kind in kinds and stage.manifest]
 
+    def evaluation(self, model: str) -> StageView | None:
+        """The finished evaluation of `model` (`sft`, `pretrain/initial`), or None."""
+        return next((stage for stage in self.of_kind("evaluate") if stage.model == model), None)
+
 
 def read_run(folder: Path) -> RunView:
-    """Read `folder`. Raises `UserError` where it is not a run folder."""
+    """Read `folder`. Raises `UserError` where it is not a run folder or its record is another version's."""
     folder = Path(folder)
-    path = folder / "run.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: not a run folder (no run.json); make one with `headspring run RECIPE --run-dir {folder}`")
-    try:
-        run = read_json(path)
-        names, recipe = list(run["stages"]), dict(run["recipe"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: does not describe a run ({type(error).__name__}: {error})") from error
-    data = [stage for stage in (read_stage(folder / name) for name in names) if stage.kind == "data"]
-    report = data[0].folder / "report.json" if data else folder / "data" / "report.json"
+    record = read_record(folder)
+    if record is None:
+        raise UserError(
+            f"{folder}: not a run folder (no {FILE}); make one with `headspring run RECIPE --run-dir {folder}`"
+        )
+    stages = [read_stage(folder, name, record) for name in record["stages"]]
+    data = [stage.folder / "report.json" for stage in stages if stage.kind == "data" and stage.manifest]
     return RunView(
         folder=folder,
-        name=str(run.get("name") or recipe.get("recipe") or folder.name),
-        description=str(recipe.get("description") or ""),
-        recipe=recipe,
-        stages=[read_stage(folder / name) for name in names],
-        data_report=read_json(report) if report.is_file() else {},
+        name=str(record["recipe"]),
+        description=str(record.get("description") or ""),
+        recipe=resolved_recipe(record),
+        stages=stages,
+        data_report=read_json(data[0]) if data and data[0].is_file() else {},
     )
 
 
-def read_stage(folder: Path) -> StageView:
-    """The stage in `folder`; an unfinished stage's kind is guessed from its name."""
-    manifest = read_manifest(folder)
-    kind = manifest.kind if manifest else {"dpo": "preference"}.get(folder.name, folder.name.partition("-")[0])
-    return StageView(folder.name, kind, folder, manifest)
+def read_stage(folder: Path, name: str, record: dict[str, Any]) -> StageView:
+    return StageView(name, record["kinds"][name], folder / name, read_manifest(folder / name), record["inputs"][name])
+
+
+def resolved_recipe(record: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with every default filled in and one entry for each stage that it stands for."""
+    head = {key: record[key] for key in ("recipe", "description", "seed") if record.get(key) not in (None, "")}
+    return head | {name: {"kind": record["kinds"][name], **record["configs"][name]} for name in record["stages"]}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Steps and validations of a training log, each in order of step, the last line of a repeated step."""
-    kept: dict[tuple[int, bool], dict[str, Any]] = {}
+    """The lines of a training log in order of step. A resumed run may repeat steps: the last line of a step counts."""
+    kept: dict[int, dict[str, Any]] = {}
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-            kept[int(line["step"]), "validation" in line] = line
+            kept[int(line["step"])] = line
         except (ValueError, KeyError, TypeError):
             continue
     return [kept[key] for key in sorted(kept)]

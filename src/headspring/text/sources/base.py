@@ -47,7 +47,7 @@ class SourceConfig(Value):
 
     profile: Profile | None = None
     rules: dict[str, Bound | None] = Field(default_factory=dict)
-    max_documents: int | None = Field(None, gt=0)
+    max_documents: int | None = Field(default=None, gt=0)
 
     def read(self, name: str, reading: Reading) -> Iterator[Document]:
         """Yield this source's documents; `name` becomes their `source`."""

@@ -23,14 +23,13 @@ from headspring.text.sources.locate import File, locate
 from headspring.text.sources.pieces import BinaryFile, read_pieces, split_string
 
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
-CODE_EXTENSIONS = frozenset(
-    """
+CODE = """
     .py .pyi .pyx .ipynb .c .h .cc .cpp .cxx .hpp .cu .java .kt .scala .js .jsx .mjs .ts .tsx .go .rs .rb .php .pl .pm
     .swift .m .mm .cs .fs .hs .ml .mli .ex .exs .erl .clj .lisp .el .scm .lua .r .jl .sh .bash .zsh .fish .ps1 .bat
     .sql .html .htm .css .scss .xml .json .yaml .yml .toml .ini .cfg .csv .tsv .cmake .mk .gradle .proto .tf .vue .zig
     .nim .v .vhdl .sv .asm .s .f .f90 .for .pas .d .dart .groovy .tex .bib .diff .patch
-    """.split()
-)
+"""
+CODE_EXTENSIONS = frozenset(CODE.split())
 ROW_EXTENSIONS = {".jsonl", ".ndjson", ".parquet"}
 
 
@@ -40,7 +39,8 @@ class Files(SourceConfig):
     `paths`: files, folders, globs or URLs. `text_field`: the column of JSON Lines and Parquet that holds the text.
     `document_kind`: "prose" or "code" instead of judging by the extension. `extensions`: only these, in folders and
     globs. `exclude`: globs of paths to leave out. `errors: replace` accepts invalid UTF-8. `max_document_bytes`: longer
-    documents are cut into several. Raises `UserError` for what is missing, unreadable, binary or not UTF-8.
+    documents are cut into several, which the split may separate. Raises `UserError` for what is missing, unreadable,
+    binary or not UTF-8.
     """
 
     kind: Literal["files"] = "files"
@@ -48,9 +48,9 @@ class Files(SourceConfig):
     text_field: str = "text"
     document_kind: Kind | None = None
     extensions: list[str] | None = None
-    exclude: list[str] = Field([])
+    exclude: list[str] = Field(default=[])
     errors: Literal["strict", "replace"] = "strict"
-    max_document_bytes: int = Field(1 << 20, ge=1024)
+    max_document_bytes: int = Field(default=1 << 16, ge=1024)
 
     def read(self, name: str, reading: Reading) -> Iterator[Document]:
         for path in self.paths:
@@ -77,7 +77,10 @@ class Files(SourceConfig):
                 return
             kind = self.document_kind or kind_of(extension)
             for piece in read_pieces(opened, file.name, self.max_document_bytes, self.errors):
-                yield Document(piece.text, name, kind, file.name, piece.start, piece.end, verbatim=piece.exact)
+                # The pieces of a long file are units of the split of their own: a corpus may be one large file.
+                group = f"{file.name}#{piece.start}" if piece.start > self.max_document_bytes // 2 else ""
+                span = (piece.start, piece.end)
+                yield Document(piece.text, name, kind, file.name, *span, verbatim=piece.exact, group=group)
 
     def _rows(self, rows: Iterator[tuple[int, int, int, dict[str, Any]]], file: File, name: str) -> Iterator[Document]:
         for row, start, end, values in rows:

@@ -30,9 +30,9 @@ class HuggingFaceDataset(SourceConfig):
     data_files: list[str] | None = None
     streaming: bool = True
     text_field: str = "text"
-    metadata_fields: list[str] = Field([])
+    metadata_fields: list[str] = Field(default=[])
     document_kind: Kind = "prose"
-    max_document_bytes: int = Field(1 << 20, ge=1024)
+    max_document_bytes: int = Field(default=1 << 20, ge=1024)
 
     def read(self, name: str, reading: Reading) -> Iterator[Document]:
         where = f"datasets:{self.dataset}" + (f"/{self.config}" if self.config else "") + f":{self.split}"

@@ -94,9 +94,9 @@ class Docstrings(SourceConfig):
     """
 
     kind: Literal["docstrings"] = "docstrings"
-    packages: list[str] = Field(["torch", "sympy", "networkx", "numpy"], min_length=1)
-    max_bytes: int | None = Field(2_000_000, gt=0)
-    min_characters: int = Field(40, ge=1)
+    packages: list[str] = Field(default=["torch", "sympy", "networkx", "numpy"], min_length=1)
+    max_bytes: int | None = Field(default=2_000_000, gt=0)
+    min_characters: int = Field(default=40, ge=1)
 
     def read(self, name: str, reading: Reading) -> Iterator[Document]:
         for package in self.packages:

@@ -32,8 +32,8 @@ class Synthetic(SourceConfig):
 
     kind: Literal["synthetic"] = "synthetic"
     templates: list[str] = Field(min_length=1)
-    slots: dict[str, list[str | int | float] | str] = Field({})
-    documents: int = Field(1000, gt=0)
+    slots: dict[str, list[str | int | float] | str] = Field(default={})
+    documents: int = Field(default=1000, gt=0)
     model: bool = False
     document_kind: Kind = "prose"
 

@@ -53,9 +53,9 @@ class Translations(SourceConfig):
     """
 
     kind: Literal["translations"] = "translations"
-    packages: list[str] = Field(["django"], min_length=1)
+    packages: list[str] = Field(default=["django"], min_length=1)
     languages: list[str] | None = None
-    min_characters: int = Field(20, ge=1)
+    min_characters: int = Field(default=20, ge=1)
 
     def read(self, name: str, reading: Reading) -> Iterator[Document]:
         seen: set[str] = set()

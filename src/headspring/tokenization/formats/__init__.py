@@ -1,9 +1,9 @@
 """Every file a tokenizer comes in, and how a path finds it.
 
-    tokenizer.json            the library's own format (any model)
-    *.model                   SentencePiece (unigram or BPE)
-    vocab.txt                 BERT's WordPiece, one piece a line
-    merges.txt + vocab.json   GPT-2's byte-level BPE
+tokenizer.json            the library's own format (any model)
+*.model                   SentencePiece (unigram or BPE)
+vocab.txt                 BERT's WordPiece, one piece a line
+merges.txt + vocab.json   GPT-2's byte-level BPE
 """
 
 import json

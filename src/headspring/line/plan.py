@@ -1,0 +1,167 @@
+"""`--dry-run`: what would run and why, and what it would cost, before anything is written.
+
+Seconds come from the best thing known: for a trained stage a few steps of its model, measured here and now; for
+another stage a rate per byte of data, or its last run in this folder (`estimates.py`). What is not known before the
+stages above have run is left open (`?`), and the sum then says that it is a lower bound.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from headspring.artifacts.manifest import Manifest
+from headspring.line.decide import finished, reasons, wanted
+from headspring.line.recipe import Recipe, Step, load_recipe
+from headspring.line.record import check_folder
+from headspring.line.registry import Estimate, Known, Registry
+from headspring.line.report import formats
+from headspring.line.report.reading import lookup, number
+from headspring.line.run import selected
+
+WIDTH = 120
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One row. `reason` is empty where the stage is cached or runs for the first time."""
+
+    stage: str
+    kind: str
+    cached: bool
+    reason: str
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's stages and what they are expected to cost."""
+
+    recipe: str
+    folder: Path
+    stages: tuple[PlannedStage, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Expected seconds of all stages of which they are known."""
+        return sum(row.estimate.seconds or 0.0 for row in self.stages if not row.cached)
+
+    @property
+    def complete(self) -> bool:
+        return all(row.cached or row.estimate.seconds is not None for row in self.stages)
+
+    def as_json(self) -> dict[str, Any]:
+        rows = []
+        for row in self.stages:
+            figures = asdict(row)
+            rows.append(figures | figures.pop("estimate"))
+        whole = {"seconds": self.seconds, "complete": self.complete}
+        return {"recipe": self.recipe, "run": str(self.folder), **whole, "stages": rows}
+
+    def print(self) -> None:
+        """The plan as a table on standard output."""
+        title = f"{self.recipe} · {self.folder}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in ("stage", "", "parameters", "tokens", "FLOPs", "time"):
+            side: Literal["left", "right"] = "left" if name in ("stage", "") else "right"
+            table.add_column(name, justify=side, header_style="bold", overflow="fold")
+        for row in self.stages:
+            what = "cached" if row.cached else f"run: {row.reason}" if row.reason else "run"
+            figures = (_figure(row.estimate.parameters), _figure(row.estimate.tokens), _figure(row.estimate.flops))
+            table.add_row(row.stage, what, *figures, "" if row.cached else _time(row.estimate.seconds))
+        total = formats.seconds(self.seconds)
+        table.add_row("all", "", "", "", "", f"~{total}" if self.complete else f"> {total}", style="bold")
+        console = Console(highlight=False)
+        (console if console.is_terminal else Console(highlight=False, width=WIDTH)).print(table)
+
+
+def plan(
+    recipe: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    run_dir: str | Path | None = None,
+    until: str | None = None,
+    force: str | Sequence[str] = (),
+    registry: Registry | None = None,
+) -> Plan:
+    """What `run` with the same arguments would do; writes nothing. Raises what `run` raises before its first stage."""
+    loaded = load_recipe(recipe, overrides, registry)
+    folder, steps, forced = selected(loaded, run_dir, until, force)
+    check_folder(folder, loaded)
+    manifests: dict[str, Manifest] = {}
+    estimates: dict[str, Estimate] = {}
+    rows = []
+    for step in steps:
+        reason = _reason(step, loaded, folder, manifests, forced)
+        before = _before(step, folder, forced)
+        if reason is None and before is not None:
+            manifests[step.name] = before
+            estimate = _measured(before)
+        else:
+            estimate = _estimate(step, loaded, manifests, estimates, before)
+        estimates[step.name] = estimate
+        rows.append(PlannedStage(step.name, step.stage.kind, reason is None, reason or "", estimate))
+    return Plan(loaded.name, folder, tuple(rows))
+
+
+def _before(step: Step, folder: Path, forced: set[str]) -> Manifest | None:
+    """The manifest of the stage's last run; not checked for a forced one, which may be forced because it is corrupt."""
+    return None if step.name in forced else finished(step, folder / step.name, check=False)
+
+
+def _reason(
+    step: Step, recipe: Recipe, folder: Path, manifests: Mapping[str, Manifest], forced: set[str]
+) -> str | None:
+    """Why the stage would run ("" for the first time); None where it would not."""
+    if step.name in forced:
+        return "forced"
+    changing = [source.step for source in step.inputs.values() if source.step not in manifests]
+    before = _before(step, folder, forced)
+    if changing:
+        return f"after {', '.join(dict.fromkeys(changing))}" if before else ""
+    target = wanted(step, recipe.seed, manifests)
+    if before is None:
+        return ""
+    return None if before.cache_key == target.key else ", ".join(reasons(before, target))
+
+
+def _estimate(
+    step: Step,
+    recipe: Recipe,
+    manifests: Mapping[str, Manifest],
+    estimates: Mapping[str, Estimate],
+    before: Manifest | None,
+) -> Estimate:
+    above = {role: recipe.step(source.step) for role, source in step.inputs.items()}
+    known = Known(
+        configs={role: source.config for role, source in above.items()},
+        estimates={role: estimates[source.name] for role, source in above.items()},
+        data_bytes=_data_bytes(manifests),
+    )
+    estimate = step.stage.estimate(step.config, known)
+    if estimate.seconds is None and before is not None:
+        return Estimate(**{**asdict(estimate), "seconds": before.cost.get("seconds")})
+    return estimate
+
+
+def _measured(manifest: Manifest) -> Estimate:
+    """What a finished stage did cost."""
+    figures = {name: number(lookup(manifest.metrics, name)) for name in ("tokens", "parameters", "flops")}
+    steps, batch = (number(value) for value in (manifest.metrics.get("steps"), manifest.config.get("batch_size")))
+    sample_tokens = figures["tokens"] / (steps * batch) if figures["tokens"] and steps and batch else None
+    return Estimate(seconds=manifest.cost.get("seconds"), sample_tokens=sample_tokens, **figures)
+
+
+def _data_bytes(manifests: Mapping[str, Manifest]) -> float | None:
+    data = next((manifest for manifest in manifests.values() if manifest.kind == "data"), None)
+    return number(lookup(data.metrics, "bytes_kept", "kept.bytes", "bytes")) if data else None
+
+
+def _time(seconds: float | None) -> str:
+    return "?" if seconds is None else f"~{formats.seconds(seconds)}"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2e}" if value >= 1e12 else formats.count(value)

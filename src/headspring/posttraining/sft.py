@@ -1,0 +1,120 @@
+"""Supervised fine-tuning: the same next-token objective and loop as pretraining, on conversations.
+
+What makes it SFT is the data (`data.conversations`): only what an assistant says, and the token that ends its turn, is
+a target, and every packed conversation sees itself alone. The loss is averaged over the trained tokens of a whole step,
+so that neither accumulation nor packing changes what is optimised.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+
+from headspring.artifacts import UserError
+from headspring.data.batch import collate
+from headspring.data.conversations import PackedConversations
+from headspring.data.task_files import write_tasks
+from headspring.data.tasks import TaskConfig, counts
+from headspring.models import load_model, save_model
+from headspring.posttraining.held_out import split_tasks
+from headspring.tokenization.tokenizer import Tokenizer
+from headspring.training import distributed
+from headspring.training.callbacks import Validation
+from headspring.training.config import TrainConfig
+from headspring.training.loop import DTYPES, train
+from headspring.training.objective import NextToken
+from headspring.training.optimizers import AdamW, OptimizerConfig
+
+
+class SFTConfig(TrainConfig):
+    """Tasks and training of the sft stage. Say how long by `steps` or by `epochs`, not both.
+
+    `sequence_length` defaults to the model's context; `validation_per_kind` held-out tasks a kind are measured."""
+
+    tasks: TaskConfig = TaskConfig()
+    epochs: int | None = Field(None, gt=0)
+    sequence_length: int | None = Field(None, gt=1)
+    validation_per_kind: int = Field(30, gt=0)
+    batch_size: int = Field(16, gt=0)
+    optimizer: OptimizerConfig = AdamW(learning_rate=1e-3, weight_decay=0.0)
+    document_mask: bool = True
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> "SFTConfig":
+        if self.epochs is not None and "steps" in self.model_fields_set:
+            raise ValueError("steps and epochs both say how long to train; give one of them")
+        return self
+
+
+def sft(config: SFTConfig, model_folder: Path, data_folder: Path, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Fine-tune the model of `model_folder` on tasks from the training documents of `data_folder`.
+
+    Writes `config.json`, `model.safetensors`, the tokenizer, `tasks.jsonl`, `logs/` and `checkpoints/` into `folder`.
+    Returns the metrics, with the loss on held-out validation conversations before and after (nats a trained token)."""
+    folder = Path(folder)
+    model, tokenizer = load_model(model_folder), Tokenizer.load(model_folder)
+    length = row_length(config.sequence_length, model)
+    tasks, held_out_tasks = split_tasks(config.tasks, data_folder, seed, config.validation_per_kind)
+    data = PackedConversations(tasks, tokenizer, length, seed, num_samples=1)
+    if config.epochs is not None:
+        steps = math.ceil(config.epochs * data.rows / config.batch_size)
+        config = config.model_copy(update={"steps": steps})
+    data.num_samples = config.steps * config.batch_size
+    held_out = PackedConversations(held_out_tasks, tokenizer, length, 0, epochs=1)
+    measure = validation(model, held_out, config)
+    before = measure()
+    result = train(model, NextToken(), data, config, folder, [Validation(measure, config.validate_every)], "sft")
+    after = measure()
+    if distributed.rank() == 0:
+        save_model(model, folder)
+        tokenizer.save(folder)
+        write_tasks(tasks, folder)
+    return {
+        "parameters": model.num_parameters(),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "flops": result.flops,
+        "train_seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "loss": result.loss,
+        "validation_before": before,
+        "validation_after": after,
+        "tasks": counts(tasks),
+        "validation_tasks": counts(held_out_tasks),
+        "conversations": len(data.conversations),
+        "dropped": data.dropped,
+        "rows": data.rows,
+        "epochs": data.num_samples / data.rows,
+        "trained_tokens_an_epoch": sum(item.trained_tokens for item in data.conversations),
+        "compute_dtype": config.precision,
+    }
+
+
+def row_length(wanted: int | None, model: Any) -> int:
+    """The row length: as wanted, or the model's context. Raises `UserError` where the model cannot take it."""
+    context = model.config.context
+    if wanted is not None and wanted > context:
+        raise UserError(f"sequence_length ({wanted}) is longer than the model's context ({context})")
+    return wanted or context
+
+
+def validation(model: Any, data: PackedConversations, config: TrainConfig) -> Callable[[], dict[str, float]]:
+    """A function that measures loss (nats a trained token) and perplexity over one epoch of `data`."""
+    objective = NextToken()
+
+    @torch.inference_mode()
+    def measure() -> dict[str, float]:
+        dtype, model.compute_dtype = model.compute_dtype, DTYPES[config.precision]
+        nats, count = 0.0, 0
+        for start in range(0, len(data), config.batch_size):
+            indices = range(start, min(start + config.batch_size, len(data)))
+            batch = collate([data.sample(index) for index in indices], config.document_mask).to(model.device)
+            nats += float(objective.loss(model, batch)[0])
+            count += objective.count(batch)
+        model.compute_dtype = dtype
+        return {"loss": nats / count, "perplexity": math.exp(min(nats / count, 80.0))}
+
+    return measure
