@@ -77,6 +77,7 @@ def smoke_run(tmp_path_factory):
     smoke = re.sub(r"(?m)^recipe:.*$", "recipe: quickstart", smoke)
     (world / "recipes" / "quickstart.yaml").write_text(smoke, encoding="utf-8")
     command = [str(Path(sys.executable).with_name("headspring")), "run", "recipes/quickstart.yaml"]
-    done = subprocess.run(command, cwd=world, capture_output=True, text=True, timeout=280)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a tiny model gains nothing from a second thread
+    done = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return world

@@ -87,7 +87,7 @@ def slow_top(words, n):
     if not grams:
         return 0
     gram, count = Counter(grams).most_common(1)[0]
-    return len(gram) * count
+    return len(gram) * count if count > 1 else 0
 
 
 def slow_repeated(words, n):

@@ -91,9 +91,9 @@ def test_weights_change_during_the_run():
 
 
 def test_weights_are_read_as_the_decimals_they_are_written_as():
-    schedule = Mixture(weights={"a": 0.1, "b": 0.2}).schedule({"a": 1, "b": 1}, 300)
-    assert schedule.phases[0].weights == (1, 2)
-    assert schedule.counts == {"a": 100, "b": 200}
+    schedule = Mixture(weights={"a": 0.1, "b": 0.3}).schedule({"a": 1, "b": 1}, 400)
+    assert schedule.phases[0].weights == (1, 3)
+    assert schedule.counts == {"a": 100, "b": 300}
 
 
 def test_tree():

@@ -13,12 +13,14 @@ from headspring.data.prepare import DataConfig, prepare
 from headspring.data.store import read_documents, read_rows, survivors
 
 choose = random.Random(1)
-NOUNS = "river house garden letter window bridge stone teacher winter market forest harbour village story boat".split()
-VERBS = "carries watches finds leaves builds remembers crosses opens follows keeps repairs describes".split()
+NOUNS = ["river", "house", "garden", "letter", "window", "bridge", "stone", "teacher", "winter", "market", "village"]
+VERBS = ["carries", "watches", "finds", "leaves", "builds", "remembers", "crosses", "opens", "follows", "keeps"]
 
 
 def sentence():
-    return f"The {choose.choice(NOUNS)} of the {choose.choice(NOUNS)} {choose.choice(VERBS)} the {choose.choice(NOUNS)} with {choose.randrange(9999)} {choose.choice(NOUNS)}s and a {choose.choice(NOUNS)}."
+    who, whose, what, things, other = choose.choices(NOUNS, k=5)
+    action, number = choose.choice(VERBS), choose.randrange(9999)
+    return f"The {who} of the {whose} {action} the {what} with {number} {things}s and a {other}."
 
 
 def article(sentences=12):
@@ -32,7 +34,7 @@ def notes(tmp_path_factory):
     for number in range(200):
         (folder / f"note{number:03}.txt").write_text(article())
     first = (folder / "note000.txt").read_text()
-    (folder / "z_copy.txt").write_text(first.replace(" ", "\n", 3))
+    (folder / "z_copy.txt").write_text(first.replace(" ", "  ", 3))
     (folder / "z_near.txt").write_text(first + " One more sentence, which the first has not.")
     (folder / "z_short.txt").write_text("Too short a note.")
     (folder / "z_code.py").write_text("def f(x):\n    return {x: '#'}\n" * 8)
@@ -42,7 +44,8 @@ def notes(tmp_path_factory):
 
 def run(folder, source, **options):
     metrics = prepare(DataConfig(sources=source, **options), folder)
-    return metrics, json.loads((folder / "report.json").read_text()), {row["path"].split("/")[-1]: row for row in read_rows(folder)}
+    rows = {row["path"].split("/")[-1]: row for row in read_rows(folder)}
+    return metrics, json.loads((folder / "report.json").read_text()), rows
 
 
 def test_the_whole_stage(notes, tmp_path):

@@ -40,9 +40,9 @@ def executed(cases):
 
 
 def shell(command, folder):
-    """Run as a reader would, with the headspring of this environment and a home of its own."""
+    """Run as a reader would, with the headspring of this environment, a home of its own, and one thread."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "HOME": str(folder)}
+    environment = {**os.environ, "PATH": path, "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,

@@ -228,12 +228,19 @@ def test_ticks_are_round_inside_and_not_too_many(low, high):
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
 
 
+def test_ticks_that_are_close_together_read_differently():
+    """Losses near ln 2 were once labelled 0.693, 0.693, 0.692, 0.692."""
+    chart = line_chart("loss", [Series("loss", [(1.0, 0.6931), (2.0, 0.6921), (3.0, 0.6914)])])
+    texts = [tick.text for tick in chart.y_ticks]
+    assert len(texts) >= 3 and len(set(texts)) == len(texts)
+
+
 @pytest.mark.parametrize(
     ("form", "value", "text"),
     [
         (formats.seconds, 0.42, "0.4 s"), (formats.seconds, 59.7, "1 min 00 s"), (formats.seconds, 3725, "1 h 2 min"),
         (formats.byte_count, 11_800_000, "11.8 MB"), (formats.count, 4096, "4,096"), (formats.count, None, "–"),
-        (formats.significant, 0.0003, "0.0003"), (formats.significant, -12_345, "−12.3 k"),
+        (formats.significant, 0.0003, "0.0003"), (formats.significant, -12_345, "−12.3 k"), (formats.signed, -0.0001, "±0.000"),
         (formats.percent, 0.4567, "45.7 %"),
     ],
 )  # fmt: skip
@@ -256,3 +263,19 @@ def test_difference_is_paired_where_the_answers_were_kept(tmp_path):
     keep_answers(run, "sft", range(48))
     verdict = next(verdict for verdict in verdicts(read_run(run)) if verdict.stage == "sft")
     assert verdict.state == "improved" and verdict.change.startswith("+4.0 points (95 %: +2.0")
+
+
+def test_report_of_a_real_run(smoke_run):
+    """The run writes its report, and every section finds its figures where the stages really put them."""
+    folder = smoke_run / "runs" / "quickstart"
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    page, run = Page(html), read_run(folder)
+    ids = {attributes.get("id") for _, attributes in page.tags}
+    assert {"line", "stages", "compression", "samples", "curves", "data", "tokenizer", "lineage", "recipe"} <= ids
+    assert page.open == [] and loads_nothing(html) == []
+    assert [verdict.stage for verdict in verdicts(run)] == ["pretrain", "sft", "dpo"]
+    assert verdicts(run)[0].state == "improved"
+    assert len(compression(run).bars) == 8 and compression(run).same_bytes
+    view = funnel(run.data_report)
+    removed = sum(each.amount.bytes for each in view.removed)
+    assert view.read.bytes == view.kept.bytes + removed + view.edited_away_bytes > 0

@@ -14,7 +14,7 @@ from headspring.tokenization.tokenizer import Tokenizer
 from headspring.tokenization.train import TokenizerConfig, train_tokenizer
 
 WORDS = ["red", "green", "blue", "cold", "warm", "small", "large", "first", "last", "open", "read", "write", "load"]
-SPLITS = ("train", "train", "train", "train", "train", "validation", "test")
+SPLITS = ("train", "validation", "train", "validation", "train", "validation", "train")
 
 
 def source(index: int) -> str:

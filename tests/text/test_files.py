@@ -52,7 +52,8 @@ def test_text_and_code_are_verbatim(tmp_path):
 
 def test_a_folder_skips_binary_and_hidden_files_and_counts_the_binary_ones(tmp_path):
     (tmp_path / ".git").mkdir()
-    for name, content in ((".git/config", b"x"), (".hidden", b"x"), ("image.png", b"\x89PNG\0\0"), ("b.txt", b"b"), ("a.txt", b"a")):
+    contents = {".git/config": b"x", ".hidden": b"x", "image.png": b"\x89PNG\0\0", "b.txt": b"b", "a.txt": b"a"}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     documents, reading = read(tmp_path)
     assert [document.text for document in documents] == ["a", "b"]

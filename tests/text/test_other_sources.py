@@ -42,7 +42,8 @@ msgstr ""
 
 @pytest.fixture
 def catalogues(tmp_path, monkeypatch):
-    for language, text in (("de", CATALOGUE), ("fr", CATALOGUE.replace("Mach das Fenster dort auf", "Ouvre la fenêtre là-bas"))):
+    french = CATALOGUE.replace("Mach das Fenster dort auf", "Ouvre la fenêtre là-bas")
+    for language, text in (("de", CATALOGUE), ("fr", french)):
         folder = tmp_path / "polyglot" / "locale" / language / "LC_MESSAGES"
         folder.mkdir(parents=True)
         (folder / "django.po").write_text(text)

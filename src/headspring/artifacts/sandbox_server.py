@@ -57,7 +57,7 @@ def serve(mechanism: str, folder: str, preload: list[str], isolation: ModuleType
         folder = isolation.enter_namespaces(folder, FOLDER_BYTES)
     write_message(answers, {"ready": True})
     while (request := read_message(requests)) is not None:
-        place = os.path.join(folder, "program")
+        place = os.path.join(folder, str(os.getpid()))  # a server that was lost may have left its own
         os.mkdir(place, 0o700)
         try:
             write_message(answers, run(request, mechanism, place, isolation))

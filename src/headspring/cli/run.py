@@ -4,8 +4,9 @@ from typing import Annotated
 
 import typer
 
-HELP = """Run a recipe: raw text to a model that answers. What is finished and unchanged is skipped; what was
-interrupted goes on.
+HELP = """Run a recipe: raw text to a model that answers.
+
+What is finished and unchanged is skipped; what was interrupted goes on.
 
 Example: headspring run recipes/quickstart.yaml pretrain.steps=200 --until sft
 """
@@ -20,7 +21,7 @@ def run(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of one in recipes/.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Such as pretrain.steps=200 or data.sources=~/notes."),
+        typer.Argument(metavar="KEY=VALUE", help="Such as pretrain.steps=200 or data.sources=~/notes."),
     ] = None,
     run_dir: Annotated[str | None, typer.Option(help="The run's folder; runs/<recipe> where not given.")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,

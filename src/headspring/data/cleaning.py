@@ -4,9 +4,9 @@ A profile is a list of rules with bounds, in the order in which they decide. All
 stored, the first rule that fails names the decision, and the reason is the comparison itself:
 `gopher.mean_word_length 12.3 > 10`.
 
-- `prose`: Gopher repetition and quality, C4's document rules and FineWeb, in FineWeb's order and at the published
-  thresholds. Nothing in the text is changed. C4's bracket rule is left out: it is there to drop web pages with code,
-  and it would drop every note that quotes a line of it.
+- `prose`: Gopher quality and repetition, C4's document rules and FineWeb at the published thresholds. All must hold,
+  so their order decides only which one is named. Nothing in the text is changed. C4's bracket rule is left out: it is
+  there to drop web pages with code, and it would drop every note that quotes a line of it.
 - `web`: FineWeb's whole chain for pages from a crawl: `prose` with the bracket rule, and with C4's line rules, which
   remove lines (the document is then no longer `verbatim`).
 - `docstring`: for short technical texts. The same measures with wider bounds (ours): at least 5 words instead of 50, no
@@ -62,7 +62,7 @@ FINEWEB: dict[str, Bound] = {
     "fineweb.duplicate_line_characters": (None, 0.01),
     "fineweb.newlines_per_word": (None, 0.3),
 }
-WEB = GOPHER_REPETITION | GOPHER_QUALITY | C4 | FINEWEB
+WEB = GOPHER_QUALITY | GOPHER_REPETITION | C4 | FINEWEB
 PROFILES: dict[Profile, dict[str, Bound]] = {
     "prose": {name: bound for name, bound in WEB.items() if name != "c4.curly_brackets"},
     "web": WEB,

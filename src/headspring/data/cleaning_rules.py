@@ -63,23 +63,27 @@ class Analysis:
 
     @cached_property
     def ngram_shares(self) -> dict[int, float]:
-        """n → share of characters in the most frequent n-gram (n = 2, 3, 4) or in repeated n-grams (n = 5 … 10)."""
+        """n → share of characters in the most frequent n-gram (n = 2, 3, 4) or in repeated n-grams (n = 5 … 10).
+
+        An n-gram is repeated only where the (n − 1)-gram at its place is, so each n looks at the places left by the
+        one before: few, in good text."""
         shares = dict.fromkeys(range(2, 11), 0.0)
-        if not self.words:
-            return shares
         numbers: dict[str, int] = {}
         codes = mix(np.array([numbers.setdefault(word, len(numbers) + 1) for word in self.words], np.uint64))
         starts = np.concatenate([[0], np.cumsum([len(word) for word in self.words])])
-        grams = codes
-        for n in range(2, min(10, len(codes)) + 1):
+        grams, places = codes, np.arange(len(codes))
+        for n in range(2, 11):
+            places = places[: np.searchsorted(places, len(codes) - n, side="right")]
+            if not len(places):
+                break
             grams = grams[:-1] * NGRAM_MULTIPLIER + codes[n - 1 :]
-            _, first, inverse, counts = np.unique(grams, return_index=True, return_inverse=True, return_counts=True)
+            _, which, counts = np.unique(grams[places], return_inverse=True, return_counts=True)
+            repeated = counts[which] > 1
             if n <= 4:
-                shares[n] = _top_share(first, counts, starts, n) / self.length
-            elif counts.max() == 1:
-                break  # no repeated n-gram: no longer one is repeated either
-            else:
-                shares[n] = _repeated_characters(inverse, counts, starts, n) / self.length
+                shares[n] = _top_characters(places, which, counts, starts, n) / self.length
+            places, which = places[repeated], which[repeated]
+            if n >= 5:
+                shares[n] = _repeated_characters(places, which, starts, n) / self.length
         return shares
 
 
@@ -96,24 +100,28 @@ def _duplicates(parts: Sequence[str], length: int) -> tuple[float, float]:
     return elements / len(parts), characters / length
 
 
-def _top_share(first: np.ndarray, counts: np.ndarray, starts: np.ndarray, n: int) -> float:
-    """Characters in the most frequent n-gram, the earliest of several; words are joined by one space."""
+def _top_characters(places: np.ndarray, which: np.ndarray, counts: np.ndarray, starts: np.ndarray, n: int) -> float:
+    """Characters in the most frequent n-gram, the earliest of several; words are joined by one space.
+
+    An n-gram that occurs once repeats nothing, so it counts 0. (datatrove counts it, by which every text of a dozen
+    words is repetitive; from Gopher's 50 words on the two agree but for very long words.)"""
     most = counts.max()
-    position = first[counts == most].min()
-    return float(most * (starts[position + n] - starts[position] + n - 1))
+    if most == 1:
+        return 0.0
+    place = places[np.argmax(counts[which] == most)]
+    return float(most * (starts[place + n] - starts[place] + n - 1))
 
 
-def _repeated_characters(inverse: np.ndarray, counts: np.ndarray, starts: np.ndarray, n: int) -> float:
-    """Characters in n-grams seen before, from left to right and without overlap; only repeated grams are visited."""
-    candidates = np.flatnonzero(counts[inverse] > 1)
+def _repeated_characters(places: np.ndarray, which: np.ndarray, starts: np.ndarray, n: int) -> float:
+    """Characters in n-grams seen before, from left to right and without overlap, among the places of repeated ones."""
     seen: set[int] = set()
     characters = free = 0
-    for position, gram in zip(candidates.tolist(), inverse[candidates].tolist(), strict=True):
-        if position < free:
+    for place, gram in zip(places.tolist(), which.tolist(), strict=True):
+        if place < free:
             continue
         if gram in seen:
-            characters += int(starts[position + n] - starts[position])
-            free = position + n
+            characters += int(starts[place + n] - starts[place])
+            free = place + n
         else:
             seen.add(gram)
     return float(characters)

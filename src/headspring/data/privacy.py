@@ -60,7 +60,9 @@ def _is_personal(kind: Mask, found: str) -> bool:
         return RESERVED_EMAIL.search(found) is None
     if kind == "ip":
         try:
-            return ipaddress.ip_address(found).is_global
+            address = ipaddress.ip_address(found)
         except ValueError:
             return False  # a version number such as 999.1.2.3, or a time of day
+        # IPv6 is assigned from 2000::/3 only; outside it stand expressions such as Python's a[1::2].
+        return address.is_global and (address.version == 4 or int(address) >> 125 == 1)
     return True

@@ -35,8 +35,9 @@ class EvaluateConfig(Value):
 
     held_out: documents for bits per byte; `stride` in tokens (null: half a context). tasks: mined from the test split.
     sets: JSONL files of prompts and answers. completions: function headers for the parse rate. functions: held-out
-    functions with doctests to complete and run. precision: of the activations; that of training costs least. samples are continued, questions are answered as a chat.
-    max_tokens: of one answer, completion or sample. unsafe_execution: run doctests even where nothing isolates them."""
+    functions with doctests to complete and run; execute: run those and doctest answers. samples are continued, questions
+    are answered as a chat. max_tokens: of one answer, completion or sample. precision: of the activations ("auto": the
+    model's own). unsafe_execution: run programs even where nothing isolates them."""
 
     held_out: HeldOut | None = HeldOut()
     stride: int | None = Field(default=None, gt=0)

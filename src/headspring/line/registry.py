@@ -13,8 +13,8 @@ class Context:
     """What a stage's function is given.
 
     `inputs` maps a role to the folder that fills it. `files` are the paths from outside the run which the recipe names
-    and the line checks (evaluation sets), `generator` a model from outside it (a run or a model's folder). `folder` is where the stage writes; it may hold the `checkpoints/` of an
-    earlier attempt with the same cache key.
+    and the line checks (evaluation sets), `generator` a model from outside it (a run or a model's folder). `folder` is
+    where the stage writes; it may hold the `checkpoints/` of an earlier attempt with the same cache key.
     """
 
     config: Any

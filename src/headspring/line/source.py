@@ -60,7 +60,7 @@ class Source:
         return UserError(f"{self.origin(route)}: {dotted(route)}: {message}" if route else f"{self.name}: {message}")
 
     def override(self, assignment: str, value: Any = None, *, parse: bool = True) -> None:
-        """Apply `a.b=text`; with `parse=False` set `a.b` to `value`. Raises `UserError` where the route leads nowhere."""
+        """Apply `a.b=text`; with `parse=False` set `a.b` to `value`. Raises `UserError` where that leads nowhere."""
         name, equals, text = assignment.partition("=")
         if parse and not equals:
             raise UserError(f"override {assignment!r}: expected key=value, such as pretrain.steps=200")

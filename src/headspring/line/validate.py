@@ -1,7 +1,7 @@
 """From a stage's keys to its config, and from pydantic's errors to one line a user can act on.
 
-pydantic reports a location through the *types* (with the tags of unions in it); the user wants a place in the *file* and
-the nearest valid key. So the location is walked twice: along the values, which drops the tags, and along the types,
+pydantic reports a location through the *types* (with the tags of unions in it); the user wants a place in the *file*
+and the nearest valid key. So the location is walked twice: along the values, which drops the tags, and along the types,
 which finds the fields that could have stood there.
 """
 
@@ -74,7 +74,9 @@ def _places(location: Sequence[str | int], values: Any, kind: str) -> Route:
     """`location` without what is not a key of `values` (tags of unions, names of types)."""
     route: list[str | int] = []
     for index, key in enumerate(location):
-        if (isinstance(values, Mapping) and key in values) or (isinstance(values, list | tuple) and isinstance(key, int)):
+        if isinstance(values, Mapping) and key in values:
+            values = values[key]
+        elif isinstance(values, list) and isinstance(key, int):
             values = values[key]
         elif not (kind == "missing" and index == len(location) - 1):
             continue

@@ -76,4 +76,5 @@ def continuations(limit: int, count: int = 200) -> list[tuple[str, str]]:
 
 
 def _topics() -> list[str]:
-    return [document.text for document in Topics().read("prose", Reading())]
+    texts = (document.text for document in Topics().read("prose", Reading()))
+    return list(dict.fromkeys(texts))  # some topics have two names

@@ -139,7 +139,8 @@ class Tokenizer:
         if not prefix:
             raise ValueError("every token begins with the empty prefix")
         pieces, ids = self._sorted_bytes
-        first, last = bisect_left(pieces, prefix), bisect_left(pieces, prefix + b"\xff" * 64)
+        first = bisect_left(pieces, prefix)
+        last = bisect_left(pieces, True, lo=first, key=lambda piece: not piece.startswith(prefix))
         return np.sort(np.asarray(ids[first:last], np.int64))
 
     # -- text to ids -------------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def pretrain(
     folder = Path(folder)
     tokenizer = Tokenizer.load(tokenizer_folder)
     shards = TokenShards(tokens_folder)
+    shards.check_tokenizer(tokenizer)
     length = config.sequence_length or config.model.context
     if length > config.model.context:
         raise UserError(f"sequence_length ({length}) is longer than the model's context ({config.model.context})")
@@ -96,29 +97,30 @@ def pretrain(
         "validation_before": before,
         "validation_after": after,
         "compute_dtype": config.precision,
-        "mixture": data.mixture_tree() if hasattr(data, "mixture_tree") else "",
+        "mixture": data.tree(),
     }
 
 
 def validation(model: DecoderModule, shards: TokenShards, length: int, config: PretrainConfig):
     """A function that measures loss (nats a token), perplexity and bits per byte on the first validation samples."""
-    data = PackedTokens(shards, "validation", length, Mixture(), 0, "concat", config.validation_samples)
-    total_bytes = sum(shards.bytes("validation", source) for source in shards.sources("validation"))
-    total_tokens = sum(len(shards.tokens("validation", source)) for source in shards.sources("validation"))
+    data = PackedTokens(shards, "validation", length, packing="best_fit")
+    rows = min(len(data), config.validation_samples)
+    predicted = shards.num_tokens("validation") - shards.num_documents("validation")  # bos is never a target
+    tokens_per_byte = predicted / shards.bytes("validation")
 
     @torch.inference_mode()
     def measure() -> dict[str, float]:
         dtype, model.compute_dtype = model.compute_dtype, DTYPES[config.precision]
         nats, count = 0.0, 0
-        for start in range(0, config.validation_samples, config.batch_size):
-            indices = range(start, min(start + config.batch_size, config.validation_samples))
+        for start in range(0, rows, config.batch_size):
+            indices = range(start, min(start + config.batch_size, rows))
             batch = collate([data.sample(i) for i in indices], config.document_mask).to(model.device)
             hidden = model(batch.inputs, segments=batch.segments)
             nats += float(cross_entropy_sum(model, hidden, batch.targets))
             count += int((batch.targets != IGNORE).sum())
         model.compute_dtype = dtype
         loss = nats / count
-        bits = loss / math.log(2) * total_tokens / total_bytes
+        bits = loss / math.log(2) * tokens_per_byte
         return {"loss": loss, "perplexity": math.exp(min(loss, 80.0)), "bits_per_byte": bits}
 
     return measure

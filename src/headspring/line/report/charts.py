@@ -5,7 +5,7 @@ chart are all that is needed, and each is a page of arithmetic. What we give up:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headspring.line.report.formats import significant
@@ -57,9 +57,7 @@ class LineChart:
     bottom: float = HEIGHT - BOTTOM
 
 
-def line_chart(
-    title: str, series: Sequence[Series], x_label: str = "step", from_zero: bool = False
-) -> LineChart | None:
+def line_chart(title: str, series: Sequence[Series], x_label: str = "step", from_zero: bool = False) -> LineChart | None:
     """A chart of the series that have points, or None where none has."""
     series = [one for one in series if one.points]
     if not series:
@@ -77,10 +75,15 @@ def line_chart(
     return LineChart(
         title,
         x_label,
-        [Tick(place(x, y_low)[0], significant(x)) for x in nice_ticks(x_low, x_high)],
-        [Tick(place(x_low, y)[1], significant(y)) for y in nice_ticks(y_low, y_high)],
+        _ticks(nice_ticks(x_low, x_high), lambda x: place(x, y_low)[0]),
+        _ticks(nice_ticks(y_low, y_high), lambda y: place(x_low, y)[1]),
         [_draw(one, place) for one in series],
     )
+
+
+def _ticks(values: list[float], place: Callable[[float], float]) -> list[Tick]:
+    step = values[1] - values[0] if len(values) > 1 else None
+    return [Tick(place(value), significant(value, step)) for value in values]
 
 
 def shown_range(values: Sequence[float], from_zero: bool) -> tuple[float, float]:
@@ -120,9 +123,7 @@ def bucketed(points: Points, limit: int = POINTS) -> list[tuple[float, float, fl
     """(x, mean, least, greatest) of at most `limit` runs of neighbouring points of equal length."""
     size = math.ceil(len(points) / limit)
     runs = [points[start : start + size] for start in range(0, len(points), size)]
-    return [
-        (run[-1][0], sum(y for _, y in run) / len(run), min(y for _, y in run), max(y for _, y in run)) for run in runs
-    ]
+    return [(run[-1][0], sum(y for _, y in run) / len(run), min(y for _, y in run), max(y for _, y in run)) for run in runs]
 
 
 @dataclass(frozen=True)

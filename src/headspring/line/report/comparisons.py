@@ -107,9 +107,7 @@ def _judge_level(stage: StageView, metric: str, before: Any, after: Any) -> Verd
     return Verdict(stage.name, metric, f"{old:.3f}", f"{new:.3f}", formats.signed(new - old), state, sentence)
 
 
-def _judge_rate(
-    stage: StageView, metric: str, before: Any, after: Any, ends: tuple[float, float] | None
-) -> Verdict | None:
+def _judge_rate(stage: StageView, metric: str, before: Any, after: Any, ends: tuple[float, float] | None) -> Verdict | None:
     """A rate that should rise; `ends` is the interval of the difference."""
     old, new = rate_of(before), rate_of(after)
     if old is None or new is None:

@@ -9,7 +9,7 @@ from headspring.line.report.comparisons import model_label
 from headspring.line.report.reading import RunView, lookup, number
 
 BASELINES = (  # pattern of a key in the metrics of `baselines`, label
-    (r"kneser_ney_(\d)gram", r"\1-gram, modified Kneser–Ney, same tokens"),
+    (r"kneser_ney_(\d)gram", r"\1-gram (modified Kneser–Ney, same tokens)"),
     (r"xz", "xz −9"),
     (r"zstd", "zstd −19"),
     (r"xz_primed", "xz −9 that has read the training text"),
@@ -45,9 +45,7 @@ def compression(run: RunView) -> Compression | None:
     lost = [f"{label} ({bits:.3f})" for label, bits in fair if bits <= best]
     measurements = [baselines, *(stage.metrics for stage in stages)]
     texts = {lookup(metrics, "held_out.fingerprint") for metrics in measurements} - {None}
-    return Compression(
-        bars(sorted(rows, key=lambda row: row[1])), name, best, lost, len(fair) - len(lost), len(texts) < 2
-    )
+    return Compression(bars(sorted(rows, key=lambda row: row[1])), name, best, lost, len(fair) - len(lost), len(texts) < 2)
 
 
 def _peer(key: str, value: Any) -> tuple[str, float, bool] | None:

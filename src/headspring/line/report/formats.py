@@ -1,5 +1,6 @@
 """Numbers as a person reads them, and text that cannot hurt the page."""
 
+import math
 import unicodedata
 
 MINUS = "−"
@@ -47,8 +48,9 @@ def signed_points(difference: float) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A number with its sign, with a real minus."""
-    return f"{value:+.{digits}f}".replace("-", MINUS)
+    """A number with its sign, with a real minus; ±0.0 for what rounds to nothing."""
+    text = f"{value:+.{digits}f}"
+    return f"±{text[1:]}" if float(text) == 0 else text.replace("-", MINUS)
 
 
 def plain(value: float | None, digits: int = 3) -> str:
@@ -56,14 +58,15 @@ def plain(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}".replace("-", MINUS)
 
 
-def significant(value: float) -> str:
-    """Three significant digits, for axes and logs: 0.0003 → 3e−4, 12 345 → 12.3 k."""
+def significant(value: float, step: float | None = None) -> str:
+    """Three significant digits: 0.0003, 12.3 k; on an axis as many as tell values apart that are `step` apart."""
     if value == 0:
         return "0"
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}".replace("-", MINUS)
-    return f"{value:.3g}".replace("e-0", "e-").replace("-", MINUS)
+    digits = 3 if step is None else max(3, 1 + math.floor(math.log10(abs(value))) - math.floor(math.log10(step)))
+    return f"{value:.{digits}g}".replace("e-0", "e-").replace("-", MINUS)
 
 
 def visible(text: object) -> str:

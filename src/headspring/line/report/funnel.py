@@ -68,10 +68,7 @@ def funnel(report: dict[str, Any]) -> Funnel | None:
         read,
         removals(sources, whole),
         kept,
-        [
-            Source(name, _amount(value.get("read"), whole), _amount(value.get("kept"), whole))
-            for name, value in sources.items()
-        ],
+        [Source(name, _amount(value.get("read"), whole), _amount(value.get("kept"), whole)) for name, value in sources.items()],
         [(split, _amount(value, kept.bytes)) for split, value in (report.get("splits") or {}).items()],
         sum(int(source.get("edited_away_bytes") or 0) for source in sources.values()),
         int(number(duplicates.get("clusters")) or 0),
@@ -94,9 +91,7 @@ def removals(sources: dict[str, Any], whole: int) -> list[Removal]:
             examples.setdefault(rule, []).extend(_example(each) for each in removed.get("examples") or [])
     share = {rule: size / whole if whole else 0.0 for rule, size in sizes.items()}
     order = sorted(documents, key=lambda rule: (-sizes[rule], rule))
-    return [
-        Removal(rule, Amount(documents[rule], sizes[rule], share[rule]), examples[rule][:EXAMPLES]) for rule in order
-    ]
+    return [Removal(rule, Amount(documents[rule], sizes[rule], share[rule]), examples[rule][:EXAMPLES]) for rule in order]
 
 
 def _example(value: Any) -> str:

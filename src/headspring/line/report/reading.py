@@ -80,9 +80,7 @@ def read_run(folder: Path) -> RunView:
     folder = Path(folder)
     record = read_record(folder)
     if record is None:
-        raise UserError(
-            f"{folder}: not a run folder (no {FILE}); make one with `headspring run RECIPE --run-dir {folder}`"
-        )
+        raise UserError(f"{folder}: not a run folder (no {FILE}); make one with `headspring run RECIPE --run-dir {folder}`")
     stages = [read_stage(folder, name, record) for name in record["stages"]]
     data = [stage.folder / "report.json" for stage in stages if stage.kind == "data" and stage.manifest]
     return RunView(

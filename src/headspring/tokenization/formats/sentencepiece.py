@@ -2,8 +2,8 @@
 
 The file is a protobuf: pieces with score and type, what was trained, and how text is normalised. Each part has a
 counterpart: the character map becomes a `Precompiled` normaliser, the space rules become normalisers too, a Unigram
-vocabulary is taken as it is. A BPE vocabulary has no list of merges: any two pieces whose join is a piece may merge, the join's
-score is the priority, so the list is rebuilt in that order.
+vocabulary is taken as it is. A BPE vocabulary has no list of merges: any two pieces whose join is a piece may merge,
+the join's score is the priority, so the list is rebuilt in that order.
 """
 
 from pathlib import Path
