@@ -65,14 +65,15 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
-    """A world in which documented commands run as written: `recipes/` and a finished `runs/quickstart`.
+    """A folder like a checkout after `make quickstart`: `README.md`, `recipes/` and a finished `runs/quickstart`.
 
-    `recipes/quickstart.yaml` there is the smoke recipe under the quickstart's name. Returns the world's folder.
+    `recipes/quickstart.yaml` there is the smoke recipe under the quickstart's name.
     """
     world = tmp_path_factory.mktemp("world")
     (world / "recipes").mkdir()
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         (world / "recipes" / recipe.name).write_bytes(recipe.read_bytes())
+    (world / "README.md").write_bytes((ROOT / "README.md").read_bytes())
     smoke = (ROOT / "recipes" / "smoke.yaml").read_text(encoding="utf-8")
     smoke = re.sub(r"(?m)^recipe:.*$", "recipe: quickstart", smoke)
     (world / "recipes" / "quickstart.yaml").write_text(smoke, encoding="utf-8")

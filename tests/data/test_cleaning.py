@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from headspring.artifacts import UserError
 from headspring.data.cleaning import PROFILES, bounds_of, clean, drop_lines, score_columns
 from headspring.data.cleaning_rules import MEASURES, Analysis
+from headspring.data.privacy import mask
 from headspring.text.documents import Document
 from headspring.text.sources import Files
 
@@ -165,6 +166,14 @@ def test_nothing_is_empty(text):
 def test_no_text_breaks_a_rule(text):
     analysis = Analysis(text)
     assert all(isinstance(measure(analysis), float) for measure in MEASURES.values())
+
+
+@pytest.mark.parametrize("text", ["." * 1_000_000 + "a", "a" * 1_000_000, "a." * 500_000, "\n" * 1_000_000 + "a"])
+def test_no_rule_is_quadratic(text):
+    """A quadratic rule would take hours here, and the suite's time limit would name this test."""
+    analysis = Analysis(text)
+    assert all(measure(analysis) >= 0 for measure in MEASURES.values())
+    assert mask(text, ["email", "ip", "key"]) == (text, {})
 
 
 def test_every_rule_has_a_column():

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from blocks import ROOT, all_blocks, blocks
 
-NOT_OURS = ("git", "cd", "source", "ls", "cat", "open", "pip", "python", "torchrun")  # checked by eye, or run by bash
-RUN_THESE_TOO = ("ls", "cat")
+RUN = ("headspring", "ls", "cat", "echo")
+NOT_RUN = ("git", "cd", "source", "open", "pip", "python", "torchrun")  # checked by eye
 INPUT = "What does this function return?\n/quit\n"  # what a reader types into `headspring chat`
 TIMEOUT = 280
 
@@ -28,15 +28,22 @@ def name(case):
     return f"{block.page}:{block.line}: {command}"
 
 
-def is_slow(block, command):
+def is_slow(command):
     """A command that trains. Every other one is quick against a finished run."""
-    return command.startswith("headspring run") and "--dry-run" not in command
+    words = command.split()
+    return (words[:2] == ["headspring", "run"] and "--dry-run" not in words) or words[1:3] == ["tokens", "compare"]
 
 
-def executed(cases):
-    wanted = [(block, command) for block, command in cases if not block.mark]
+def executed():
+    """A test for each block: its commands run in order, so a later one may use what an earlier one made."""
+    runnable = [block for block in all_blocks("sh") if not block.mark and any(map(runs, block.commands))]
     marks = {True: [pytest.mark.slow], False: []}
-    return [pytest.param(case, id=name(case), marks=marks[is_slow(*case)]) for case in dict.fromkeys(wanted)]
+    slow = [any(map(is_slow, block.commands)) for block in runnable]
+    return [pytest.param(block, id=f"{block.page}:{block.line}", marks=marks[long]) for block, long in zip(runnable, slow)]
+
+
+def runs(command):
+    return command.split()[0] in RUN
 
 
 def shell(command, folder):
@@ -66,19 +73,13 @@ def world(smoke_run):
     return smoke_run
 
 
-@pytest.mark.timeout(2 * TIMEOUT)
-@pytest.mark.parametrize("case", executed(OURS))
-def test_command_runs(case, world):
-    _, command = case
-    done = shell(command, world)
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.timeout(2 * TIMEOUT)
-@pytest.mark.parametrize("case", executed([case for case in COMMANDS if case[1].split()[0] in RUN_THESE_TOO]))
-def test_files_that_are_shown_exist(case, world):
-    assert shell(case[1], world).returncode == 0
+@pytest.mark.timeout(3 * TIMEOUT)
+@pytest.mark.parametrize("block", executed())
+def test_commands_run(block, world):
+    for command in filter(runs, block.commands):
+        done = shell(command, world)
+        assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert "Traceback" not in done.stderr, command
 
 
 def make_targets():
@@ -86,14 +87,17 @@ def make_targets():
 
 
 def unknown(command):
-    """Why a documented command cannot be right, or "" where it can."""
+    """Why a documented command, or one of those that it pipes together, cannot be right; "" where it can."""
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", word)]  # VARIABLE=value
+    if "|" in words:
+        at = words.index("|")
+        return unknown(shlex.join(words[:at])) or unknown(shlex.join(words[at + 1 :]))
     if words[0] == "make":
         missing = [word for word in words[1:] if word not in make_targets()]
         return f"no make target {missing}" if missing else ""
     if words[0] == "headspring":
         return "" if verb_exists(words[1]) else f"no verb {words[1]}"
-    return "" if words[0] in NOT_OURS else f"the tests do not know how to check {words[0]!r}"
+    return "" if words[0] in (*RUN, *NOT_RUN) else f"the tests do not know how to check {words[0]!r}"
 
 
 def verb_exists(verb):
@@ -124,9 +128,7 @@ MARKED = [block for block in PYTHON if block.mark == "run"]
 @pytest.mark.timeout(2 * TIMEOUT)
 @pytest.mark.parametrize("block", MARKED, ids=lambda block: f"{block.page}:{block.line}")
 def test_python_runs(block, world):
-    done = subprocess.run(
-        [sys.executable, "-c", block.body], cwd=world, capture_output=True, text=True, timeout=TIMEOUT
-    )
+    done = subprocess.run([sys.executable, "-c", block.body], cwd=world, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -136,6 +138,7 @@ def test_these_checks_can_fail(tmp_path):
     shell_block, python_block = blocks(text, "planted.md")
     assert shell_block.commands == ["make breakfast", "headspring fly", "frobnicate    now"]
     assert [bool(unknown(command)) for command in shell_block.commands] == [True, True, True]
+    assert unknown("echo a | headspring fly") and not unknown("echo 'a|b' | headspring run -")
     assert unknown("make quickstart") == "" and unknown("headspring run x.yaml") == ""
     assert python_block.mark == "run"
     with pytest.raises(SyntaxError):

@@ -24,8 +24,8 @@ def test_outputs(answer, passed):
 
 def test_white_space_and_wrong_documentation():
     tasks = [doctest_task("[1, 2]", "[1, 2]"), doctest_task("1 + 1", "3"), doctest_task("None", ""), doctest_task("1 / 0", "1")]
-    assert outputs_pass(tasks, ["[1,  2]", "2", "", "1"]) == [False, None, True, None]
-    assert outputs_pass(tasks[:1], ["[1, 2] "]) == [True]
+    assert outputs_pass(tasks, ["[1,2]", "2", "", "1"]) == [False, None, True, None]
+    assert outputs_pass(tasks[:1], ["[1,  2] "]) == [True]
 
 
 def test_leaving_early_is_not_a_pass():

@@ -1,16 +1,19 @@
 """`headspring generate` and `headspring chat`, as a user runs them."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import typer
-from conftest import tiny_model
 from typer.testing import CliRunner
 
 from headspring.artifacts import UserError
 from headspring.artifacts.manifest import Manifest, write_manifest
 from headspring.cli import generate as commands
 from headspring.models import save_model
+
+from .tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,21 @@ def test_a_base_model_says_so(run, tokenizer, tmp_path):
     write_manifest(tmp_path / "pretrain", Manifest(name="pretrain", kind="pretrain", revision=1, config={}))
     result = run("chat", tmp_path, "--max-tokens", 3, stdin="hi\n")
     assert result.stderr.count("base model") == 1
+
+
+def test_a_terminal_is_not_steered_by_a_model(monkeypatch, capsys):
+    pieces = ["a\x1b[2J", "\tb\n\x9b"]
+    assert commands._show(iter(pieces)) == "".join(pieces)
+    assert capsys.readouterr().out == "".join(pieces) + "\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert commands._show(iter(pieces)) == "".join(pieces)
+    assert capsys.readouterr().out == "a\ufffd[2J\tb\n\ufffd\n"
+
+
+def test_the_example_runs(model, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["generate.py", model])
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "generate.py"), run_name="__main__")
+    assert "LanguageModel(" in capsys.readouterr().out
 
 
 def test_help_has_an_example(run):

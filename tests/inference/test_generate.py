@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import generate as reference
 
 from headspring.artifacts import HeadspringError, UserError
 from headspring.inference import Generation, LanguageModel, SamplingParams, decoding
 from headspring.models.state import State
+
+from .reference import generate as reference
+from .tiny import tiny_model
 
 PROMPTS = ["def", "the quick brown fox", "x", "Straße 🙂 and the lazy dog jumps over", "", "日本"]
 SETTINGS = [
@@ -139,8 +141,6 @@ def test_min_tokens_keeps_stop_tokens_away(lm):
 
 
 def test_ids_without_a_name_are_never_sampled(tokenizer):
-    from conftest import tiny_model
-
     wide = LanguageModel(tiny_model(tokenizer.vocab_size + 500), tokenizer)
     answers = wide.generate(PROMPTS, max_tokens=20, seed=1, temperature=3.0)
     assert max(token for answer in answers for token in answer.token_ids) < tokenizer.vocab_size

@@ -4,7 +4,6 @@ import time
 
 import pytest
 import torch
-from conftest import CONTEXT, tiny_model
 
 from headspring.artifacts import CorruptArtifact, UserError
 from headspring.artifacts.files import write_json
@@ -12,6 +11,8 @@ from headspring.artifacts.manifest import Manifest, write_manifest
 from headspring.inference import LanguageModel, loading
 from headspring.models import save_model
 from headspring.text.chat import Message
+
+from .tiny import CONTEXT, tiny_model
 
 
 @pytest.fixture

@@ -154,6 +154,14 @@ def test_greedy_rows_beside_drawn_ones():
     torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-60])
+def test_a_tiny_temperature_is_greedy(temperature):
+    logits = make_logits(3, seed=10, scale=30.0)
+    uniforms = torch.tensor([0.0, 0.5, 0.999], dtype=torch.float64)
+    ids, _ = sample(logits, rows_of([SamplingParams(temperature=temperature, top_p=0.9)] * 3), uniforms)
+    assert torch.equal(ids, logits.argmax(-1))
+
+
 def test_log_probs_are_the_models_own():
     logits, params = make_logits(1, seed=8), SamplingParams(temperature=0.3, top_k=3, repetition_penalty=2.0)
     seen = torch.ones(1, VOCAB, dtype=torch.bool)

@@ -11,6 +11,8 @@ from headspring.artifacts import UserError
 from headspring.inference import LanguageModel
 from headspring.inference.text_stream import TextStream
 
+from .tiny import tiny_model
+
 
 class Letters:
     """A stand-in for a tokenizer whose tokens are the given strings."""
@@ -89,8 +91,6 @@ def test_streaming_is_not_streaming(lm, prompt, seed):
 
 def scripted(tokenizer, text: str) -> tuple[LanguageModel, list[int]]:
     """A model whose weights say: after token i of `text`, token i + 1; and `text` has no token twice."""
-    from conftest import tiny_model
-
     ids = tokenizer.encode(text)
     assert len(set(ids)) == len(ids)
     model = tiny_model(tokenizer.vocab_size, width=512, tied=False)

@@ -84,3 +84,18 @@ def test_the_real_pretraining_is_measured():
     found = estimates.pretrain(config, Known({"tokenizer": TokenizerConfig(vocab_size=300)}, {}))
     assert found.tokens == 3 * 2 * 32 and found.sample_tokens == 32
     assert found.parameters > 300 * 32 and found.seconds > 0 and found.flops > 6 * found.tokens * 300 * 32
+
+
+def test_a_fresh_run_of_every_recipe_can_be_estimated(tmp_path, monkeypatch):
+    """Only pretraining is measured; here a stand-in takes a millisecond a token."""
+    figures = {"seconds": 100.0, "tokens": 1e5, "parameters": 1e6, "flops": 1e12}
+    monkeypatch.setattr("headspring.training.pretrain.plan", lambda config, vocab_size: figures)
+    (tmp_path / "a.txt").write_text("x" * 12_000)
+    whole = plan("smoke", [f"data.sources={tmp_path / 'a.txt'}"], tmp_path / "run")
+    assert whole.complete
+    by_name = {row.stage: row.estimate for row in whole.stages}
+    assert by_name["data"].bytes == 12_000 and by_name["data"].seconds == pytest.approx(0.01)
+    assert by_name["tokens"].tokens == pytest.approx(12_000 / 3.3)
+    assert by_name["sft"].seconds == pytest.approx(by_name["sft"].tokens / 1e5 * 100.0)
+    assert by_name["evaluate-initial"].seconds < by_name["evaluate-sft"].seconds
+    assert not plan("smoke", ["data.sources=s3://bucket/a.txt"], tmp_path / "run").complete

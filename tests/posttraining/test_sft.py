@@ -53,8 +53,8 @@ def test_held_out_loss_falls_and_the_model_learns_to_stop(world, finished):
     counting = [task for task in held_out if task.kind == "parameter_count"]
     stops = [sum(row[0].stopped for row in answer(lm, counting, 1, 20, 0.0, 0)) for lm in (before, after)]
     right = [sum(row[0].right for row in answer(lm, counting, 1, 20, 0.0, 0)) for lm in (before, after)]
-    assert stops[0] == 0 and stops[1] == len(counting)
-    assert right[0] == 0 and right[1] > 0.8 * len(counting)
+    assert stops[0] < 0.1 * len(counting) and stops[1] == len(counting)
+    assert right[0] < 0.1 * len(counting) and right[1] > 0.8 * len(counting)
 
 
 def test_its_folder_holds_the_model_its_tasks_and_its_log(finished):
@@ -145,9 +145,7 @@ def test_copies_of_held_out_functions_are_not_trained(world, tmp_path):
 
     originals = world.documents()[:10]
     copies = [Document(item.text, "tiny", "code", f"copy{i}.py") for i, item in enumerate(originals[5:])]
-    rows = [Row(item, "train") for item in [*originals[:5], *copies]] + [
-        Row(item, "validation") for item in originals[5:]
-    ]
+    rows = [Row(item, "train") for item in [*originals[:5], *copies]] + [Row(item, "validation") for item in originals[5:]]
     write_documents(rows, tmp_path)
     train, held_out = split_tasks(TaskConfig(kinds=KINDS), tmp_path, 0, 10)
     assert {task.document_id for task in train} == {item.id for item in originals[:5]}

@@ -30,6 +30,7 @@ Stop = Annotated[list[str] | None, typer.Option(help="End before this string; ma
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
+HIDDEN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def register(app: typer.Typer) -> None:
@@ -168,12 +169,14 @@ def _report(lm: "LanguageModel", model: str, prompt: str, **options: Any) -> dic
 
 
 def _show(pieces: Iterator[str]) -> str:
-    """Print pieces as they come; Ctrl-C ends the answer and keeps what there is. Returns the text."""
-    text = ""
+    """Print pieces as they come; Ctrl-C ends the answer and keeps what there is. Returns the text.
+
+    A terminal obeys control characters, so there a model's are shown as U+FFFD; a pipe gets the exact text."""
+    text, terminal = "", sys.stdout.isatty()
     try:
         for piece in pieces:
             text += piece
-            print(piece, end="", flush=True)
+            print(piece.translate(HIDDEN) if terminal else piece, end="", flush=True)
     except KeyboardInterrupt:
         _note("[interrupted]")
     print()

@@ -157,10 +157,9 @@ class _ShingleCache:
 def _buckets(keys: np.ndarray) -> Iterator[list[int]]:
     """Groups of documents with the same key, ascending within a group; documents that are alone are left out."""
     order = np.argsort(keys, kind="stable")
-    edges = np.flatnonzero(np.diff(keys[order])) + 1
-    for group in np.split(order, edges):
-        if len(group) > 1:
-            yield group.tolist()
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(keys[order])) + 1, [len(keys)]])
+    for group in np.flatnonzero(np.diff(starts) > 1).tolist():
+        yield order[starts[group] : starts[group + 1]].tolist()
 
 
 def _join(groups: UnionFind, shingles: _ShingleCache, leader: int, document: int, threshold: float) -> bool:

@@ -19,7 +19,7 @@ IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)")
 IPV6 = re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
 KEYS = re.compile(
     r"""
-    -----BEGIN\ (?:[A-Z]+\ )?PRIVATE\ KEY-----[\s\S]*?-----END\ (?:[A-Z]+\ )?PRIVATE\ KEY-----
+    -----BEGIN\ (?:[A-Z]+\ )?PRIVATE\ KEY-----[\s\S]{0,20000}?-----END\ (?:[A-Z]+\ )?PRIVATE\ KEY-----
     | \bAKIA[0-9A-Z]{16}\b                                # Amazon Web Services
     | \bgh[pousr]_[A-Za-z0-9]{36,}\b                      # GitHub
     | \bhf_[A-Za-z0-9]{30,}\b                             # Hugging Face

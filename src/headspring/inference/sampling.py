@@ -102,7 +102,7 @@ class RowParams:
         greedy = [row.temperature == 0 for row in params]
         drawn = [row for row in params if row.temperature > 0]
         return cls(
-            temperature=column([row.temperature or 1.0 for row in params]),
+            temperature=column([max(row.temperature, 1e-30) if row.temperature else 1.0 for row in params]),
             greedy=torch.tensor(greedy, device=device),
             top_k=column([min(row.top_k or vocab, vocab) for row in params], torch.int64),
             top_p=column([row.top_p for row in params]),
@@ -134,7 +134,9 @@ def sample(
     if not rows.any_drawn:
         ids = adjusted.argmax(-1)
     else:
-        ids = draw(filtered(adjusted / rows.temperature, rows), uniforms)
+        # The best logit at 0: a tiny temperature then sends the others to −inf, and not the best to +inf.
+        scaled = (adjusted - adjusted.amax(-1, keepdim=True)) / rows.temperature
+        ids = draw(filtered(scaled, rows), uniforms)
         if rows.any_greedy:
             ids = torch.where(rows.greedy, adjusted.argmax(-1), ids)
     return ids, logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)

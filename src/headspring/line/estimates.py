@@ -1,16 +1,64 @@
 """What each stage is expected to cost, for `--dry-run`.
 
-Pretraining is measured: a step of the model itself, here and now. Fine-tuning costs as much a token. The others are
-taken to be proportional to the bytes of text, at the rate of one core of a 2020s server; they say how long the line
-takes to within a factor of two, no better. Preferences sample their own pairs, which nothing here predicts.
+Pretraining is measured: a step of the model itself, here and now; other work of a model costs in proportion to its
+tokens. Stages without a model go at the rates below, measured on one core of a 2020s server. Read the sum as right to
+within a factor of two. What is known of a stage that has run in this folder is preferred to all of this (`plan.py`).
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from headspring.artifacts.errors import UserError
+from headspring.line.fingerprint import files
 from headspring.line.registry import Estimate, Known
 
-BYTES_PER_SECOND = {"tokenizer": 2.5e6, "tokens": 2.0e6, "baselines": 0.5e6}
+BYTES_PER_SECOND = {"data": 1.2e6, "tokenizer": 3.0e6, "tokens": 2.5e6, "baselines": 0.35e6}
+BYTES_PER_TOKEN = 3.3
+FORWARD = 1 / 3  # of the time of a training step; the backward pass is the rest
+PAIR_TOKENS = 256  # of a preference pair: two short conversations
+SECONDS_PER_ANSWER = 0.04  # of one short answer in a batch
+
+
+def data(config: Any, known: Known) -> Estimate:
+    """By the bytes of the local files it will read; open where a source is remote or made up."""
+    sizes = [_source_bytes(source) for source in config.sources.values()]
+    if any(size is None for size in sizes):
+        return Estimate()
+    total = float(sum(size for size in sizes if size is not None))
+    return Estimate(total / BYTES_PER_SECOND["data"], bytes=total)
+
+
+def _source_bytes(source: Any) -> float | None:
+    if source.kind == "files":
+        found = {path for pattern in source.paths if "://" not in pattern for path in files(pattern)}
+        remote = any("://" in pattern for pattern in source.paths)
+        return None if remote else float(sum(Path(path).stat().st_size for path in found if Path(path).is_file()))
+    if source.kind in ("stdlib", "topics"):
+        return float(sum(path.stat().st_size for path in _python("stdlib"))) if source.kind == "stdlib" else 0.7e6
+    if source.kind == "docstrings" and source.max_bytes is not None:
+        sizes = [sum(path.stat().st_size for path in _python(package)) for package in source.packages]
+        return float(sum(min(source.max_bytes, size) for size in sizes))
+    return None
+
+
+def _python(package: str) -> list[Path]:
+    try:
+        return [path for path, _ in import_module("headspring.text.sources.python").python_files(package)]
+    except UserError:
+        return []  # the data stage will say so
+
+
+def by_bytes(kind: str) -> Any:
+    """Proportional to the bytes of text, known or expected."""
+
+    def estimate(config: Any, known: Known) -> Estimate:
+        if known.bytes is None:
+            return Estimate()
+        tokens = known.bytes / BYTES_PER_TOKEN if kind == "tokens" else None
+        return Estimate(known.bytes / BYTES_PER_SECOND[kind], tokens, bytes=known.bytes)
+
+    return estimate
 
 
 def pretrain(config: Any, known: Known) -> Estimate:
@@ -23,31 +71,45 @@ def pretrain(config: Any, known: Known) -> Estimate:
 
 def sft(config: Any, known: Known) -> Estimate:
     """As much a token as the model it starts from took. Open where the length is said in epochs."""
-    model = known.estimates["model"]
-    length = config.sequence_length or model.sample_tokens
+    length = config.sequence_length or known.estimates["model"].sample_tokens
     if config.epochs is not None or length is None:
-        return Estimate(parameters=model.parameters, sample_tokens=length)
-    tokens = float(config.steps * config.batch_size * length)
-    scale = tokens / model.tokens if model.tokens else None
+        return _training(None, known)
+    return _training(float(config.steps * config.batch_size * length), known)
+
+
+def preference(config: Any, known: Known) -> Estimate:
+    """Sampling the answers, the reference's log-probabilities, and training on the pairs."""
+    trained = _training(float(config.steps * config.batch_size * PAIR_TOKENS), known)
+    if trained.seconds is None:
+        return trained
+    answers = config.tasks.per_kind * len(config.tasks.kinds) * config.num_answers
+    return trained.with_seconds((1 + FORWARD) * trained.seconds + SECONDS_PER_ANSWER * answers)
+
+
+def evaluate(config: Any, known: Known) -> Estimate:
+    """One forward pass over the held-out bytes, windows overlapping by half, and the answers."""
+    rate = _seconds_per_token(known)
+    if rate is None:
+        return Estimate()
+    held_out = min(config.held_out.max_bytes or float("inf"), known.bytes or 0.0) if config.held_out else 0.0
+    answers = len(config.tasks.kinds) * config.tasks.per_kind if config.tasks else 0
+    answers += config.completions + config.functions
+    return Estimate(2 * FORWARD * rate * held_out / BYTES_PER_TOKEN + SECONDS_PER_ANSWER * answers)
+
+
+def _training(tokens: float | None, known: Known) -> Estimate:
+    """Training the given model on `tokens`, at what a token cost it before."""
+    model = known.estimates["model"]
+    scale = tokens / model.tokens if tokens is not None and model.tokens else None
     return Estimate(
         seconds=scale * model.seconds if scale is not None and model.seconds is not None else None,
         tokens=tokens,
         parameters=model.parameters,
         flops=scale * model.flops if scale is not None and model.flops is not None else None,
-        sample_tokens=length,
+        sample_tokens=model.sample_tokens,
     )
 
 
-def preference(config: Any, known: Known) -> Estimate:
-    """Its parameters; what sampling the pairs takes depends on how the model answers."""
+def _seconds_per_token(known: Known) -> float | None:
     model = known.estimates["model"]
-    return Estimate(parameters=model.parameters, sample_tokens=model.sample_tokens)
-
-
-def by_bytes(kind: str) -> Any:
-    """Proportional to the bytes that the data stage kept, where it has run."""
-
-    def estimate(config: Any, known: Known) -> Estimate:
-        return Estimate(known.data_bytes / BYTES_PER_SECOND[kind] if known.data_bytes is not None else None)
-
-    return estimate
+    return model.seconds / model.tokens if model.seconds is not None and model.tokens else None

@@ -20,7 +20,7 @@ from headspring.artifacts.files import sha256_json
 def sources_fingerprint(config: Any) -> str:
     """SHA-256 over the state of every local file and the version of every installed package that `config` names."""
     words = sorted(set(_strings(config.model_dump(mode="json"))))
-    paths = sorted({path for word in words for path in _files(word)})
+    paths = sorted({path for word in words for path in files(word)})
     return sha256_json([sys.version, [_version(word) for word in words], [_state(path) for path in paths]])
 
 
@@ -32,8 +32,8 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _files(text: str) -> Iterator[str]:
-    """The local files a path, folder or glob stands for; none where the string is no path."""
+def files(text: str) -> Iterator[str]:
+    """The local files that a path, folder or glob stands for; none where the string is no path."""
     if os.sep not in text and "." not in text and not Path(text).exists():
         return  # a word of the config, such as a kind or a language
     pattern = os.path.expanduser(text.removeprefix("file://"))

@@ -1,8 +1,8 @@
 """`--dry-run`: what would run and why, and what it would cost, before anything is written.
 
 Seconds come from the best thing known: for a trained stage a few steps of its model, measured here and now; for
-another stage a rate per byte of data, or its last run in this folder (`estimates.py`). What is not known before the
-stages above have run is left open (`?`), and the sum then says that it is a lower bound.
+another stage its last run in this folder, else the rough rates of `estimates.py`. What cannot be known is left open
+(`?`), and the sum then says that it is a lower bound.
 """
 
 from collections.abc import Mapping, Sequence
@@ -138,11 +138,11 @@ def _estimate(
     known = Known(
         configs={role: source.config for role, source in above.items()},
         estimates={role: estimates[source.name] for role, source in above.items()},
-        data_bytes=_data_bytes(manifests),
+        bytes=next((known.bytes for known in estimates.values() if known.bytes is not None), None),
     )
     estimate = step.stage.estimate(step.config, known)
-    if estimate.seconds is None and before is not None:
-        return Estimate(**{**asdict(estimate), "seconds": before.cost.get("seconds")})
+    if before is not None and (estimate.seconds is None or not step.stage.training):
+        return estimate.with_seconds(before.cost.get("seconds"))
     return estimate
 
 
@@ -151,12 +151,8 @@ def _measured(manifest: Manifest) -> Estimate:
     figures = {name: number(lookup(manifest.metrics, name)) for name in ("tokens", "parameters", "flops")}
     steps, batch = (number(value) for value in (manifest.metrics.get("steps"), manifest.config.get("batch_size")))
     sample_tokens = figures["tokens"] / (steps * batch) if figures["tokens"] and steps and batch else None
-    return Estimate(seconds=manifest.cost.get("seconds"), sample_tokens=sample_tokens, **figures)
-
-
-def _data_bytes(manifests: Mapping[str, Manifest]) -> float | None:
-    data = next((manifest for manifest in manifests.values() if manifest.kind == "data"), None)
-    return number(lookup(data.metrics, "bytes_kept", "kept.bytes", "bytes")) if data else None
+    kept = number(lookup(manifest.metrics, "bytes_kept"))
+    return Estimate(seconds=manifest.cost.get("seconds"), sample_tokens=sample_tokens, bytes=kept, **figures)
 
 
 def _time(seconds: float | None) -> str:

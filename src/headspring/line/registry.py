@@ -1,7 +1,7 @@
 """What a stage is, to the line: nouns only. `stages.py` holds the table of the real ones."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class Estimate:
     parameters: float | None = None
     flops: float | None = None
     sample_tokens: float | None = None  # tokens of one training sample; what follows inherits it
+    bytes: float | None = None  # of text that comes out
+
+    def with_seconds(self, seconds: float | None) -> "Estimate":
+        return replace(self, seconds=seconds)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Known:
 
     configs: Mapping[str, Any]
     estimates: Mapping[str, Estimate]
-    data_bytes: float | None = None  # kept by the data stage, where it has run
+    bytes: float | None = None  # of text in the data stage's artifact
 
 
 @dataclass(frozen=True)

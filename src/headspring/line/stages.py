@@ -81,8 +81,8 @@ def _untrained(config: Any) -> Any:
 
 
 _STAGES = (
-    Stage("data", 1, _config("data.prepare", "DataConfig"), _data,
-          generates=True, reads_evaluation_files=True, fingerprint=sources_fingerprint),
+    Stage("data", 1, _config("data.prepare", "DataConfig"), _data, generates=True,
+          reads_evaluation_files=True, fingerprint=sources_fingerprint, estimate=estimates.data),
     Stage("tokenizer", 1, _config("tokenization.train", "TokenizerConfig"), _tokenizer, {"data": ("data",)},
           estimate=estimates.by_bytes("tokenizer")),
     Stage("tokens", 1, _config("data.shards", "TokensConfig"), _tokens,
@@ -103,7 +103,8 @@ _STAGES = (
     Stage("evaluate", 1, _config("evaluation.evaluate", "EvaluateConfig"),
           _on_inputs("evaluation.evaluate", "evaluate", "model", "data"),
           {"model": MODELS, "data": ("data",)}, each_model=True,
-          files=lambda config: config.sets, before_training=_untrained),
+          files=lambda config: config.sets, before_training=_untrained,
+          estimate=estimates.evaluate),
 )  # fmt: skip
 
 STAGES: Mapping[str, Stage] = {stage.kind: stage for stage in _STAGES}

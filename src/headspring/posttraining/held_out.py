@@ -11,9 +11,7 @@ from headspring.data.store import read_documents
 from headspring.data.tasks import Task, TaskConfig, fingerprints, mine
 
 
-def split_tasks(
-    config: TaskConfig, data_folder: Path, seed: int, held_out_per_kind: int
-) -> tuple[list[Task], list[Task]]:
+def split_tasks(config: TaskConfig, data_folder: Path, seed: int, held_out_per_kind: int) -> tuple[list[Task], list[Task]]:
     """Training tasks, and at most `held_out_per_kind` validation tasks of each kind (the same ones for every seed).
 
     Raises `UserError` where either split has none."""

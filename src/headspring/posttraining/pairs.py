@@ -80,14 +80,8 @@ def make_pairs(
         right_rate=sum(flat) / max(len(flat), 1),
     )
     if not pairs:
-        hint = (
-            "ask for more answers or a higher temperature"
-            if report.all_right
-            else "set gold_as_chosen or train sft longer"
-        )
-        raise UserError(
-            f"no preference pair among {len(asked)} tasks: {report.all_right} always right, the rest never; {hint}"
-        )
+        hint = "ask for more answers or a higher temperature" if report.all_right else "set gold_as_chosen or train sft longer"
+        raise UserError(f"no preference pair among {len(asked)} tasks: {report.all_right} always right, the rest never; {hint}")
     return pairs, report
 
 

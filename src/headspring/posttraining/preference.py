@@ -41,9 +41,7 @@ from headspring.training.config import TrainConfig
 from headspring.training.loop import DTYPES, pick_device, train
 from headspring.training.optimizers import AdamW, OptimizerConfig
 
-GENERATED_KINDS: tuple[Kind, ...] = tuple(
-    kind for kind in TEMPLATES if kind != "summary"
-)  # that is chosen, not written
+GENERATED_KINDS: tuple[Kind, ...] = tuple(kind for kind in TEMPLATES if kind != "summary")  # that is chosen, not written
 REPORT = "pairs.json"
 
 
@@ -72,9 +70,7 @@ class PreferenceConfig(TrainConfig):
     @model_validator(mode="after")
     def _pairs_are_not_packed(self) -> "PreferenceConfig":
         if self.document_mask:
-            raise ValueError(
-                "document_mask does not apply to preference pairs: each row is one conversation; leave it out"
-            )
+            raise ValueError("document_mask does not apply to preference pairs: each row is one conversation; leave it out")
         if "summary" in self.tasks.kinds:
             raise ValueError("tasks of kind summary are answered by likelihood and give no pairs; leave the kind out")
         return self
@@ -223,7 +219,7 @@ class _Rule:
             answer(self.lm, self.tasks, 1, self.config.max_answer_tokens, temperature, seed=0)
             for temperature in (self.config.temperature, 0.0)
         ]
-        return _Judged(*([first.right for first, in row] for row in rows))
+        return _Judged(*([first.right for (first,) in row] for row in rows))
 
     def measure(self) -> dict[str, float]:
         """Both rates now, for the log; keeps the answers, so that the last step's are not made twice."""

@@ -21,7 +21,7 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     rate, spread = right / total, Z95**2 / total
     centre = (rate + spread / 2) / (1 + spread)
     half = Z95 * sqrt(rate * (1 - rate) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (max(0.0, centre - half) if right else 0.0), (min(1.0, centre + half) if right < total else 1.0)
 
 
 def rate(right: Sequence[bool]) -> dict[str, Any]:
@@ -30,9 +30,7 @@ def rate(right: Sequence[bool]) -> dict[str, Any]:
     return {"rate": sum(right) / len(right) if right else 0.0, "low": low, "high": high, "n": len(right)}
 
 
-def difference(
-    before: Sequence[bool], after: Sequence[bool], seed: int = 0, num_resamples: int = 4000
-) -> dict[str, float]:
+def difference(before: Sequence[bool], after: Sequence[bool], seed: int = 0, num_resamples: int = 4000) -> dict[str, float]:
     """`{"mean", "low", "high"}`: rate after − rate before on the same tasks; 95 % interval of a paired bootstrap."""
     if len(before) != len(after):
         raise ValueError(f"{len(before)} answers before and {len(after)} after: they must be to the same tasks")
