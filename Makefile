@@ -77,7 +77,7 @@ check: install-dev
 	$(BIN)/python -m pytest -q tests/architecture
 
 docs: install-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open site/index.html"
 
 bench: install-dev

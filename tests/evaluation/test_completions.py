@@ -4,7 +4,7 @@ import pytest
 
 from headspring.evaluation.completions import body_of, complete, headers, parses
 
-HEADER = "    def area(self, width):\n"
+HEADER = "    def area(self, width):"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,19 @@ HEADER = "    def area(self, width):\n"
     ],
 )
 def test_body(continuation, finished, body):
+    assert body_of("\n" + continuation, HEADER, finished) == (None if body is None else "\n" + body)
+
+
+@pytest.mark.parametrize(
+    ("continuation", "finished", "body"),
+    [
+        (" return width\nx = 1", False, " return width"),
+        (" return wid", False, None),
+        (" return wid", True, " return wid"),
+        ("  # a note\n        return 1\n\n    x = 1", False, "  # a note\n        return 1"),
+    ],
+)
+def test_body_behind_the_colon(continuation, finished, body):
     assert body_of(continuation, HEADER, finished) == body
 
 
@@ -46,7 +59,11 @@ def test_body(continuation, finished, body):
     ],
 )
 def test_parses(body, good):
-    assert parses(HEADER, body) is good
+    assert parses(HEADER, "\n" + body) is good
+
+
+def test_one_line_functions_parse():
+    assert parses(HEADER, " return width") and not parses(HEADER, " return (")
 
 
 def test_headers_come_from_many_modules(documents):
@@ -67,7 +84,7 @@ def test_originals_parse(documents):
 
 
 def test_complete_reads_the_end_of_long_prompts(lm):
-    long = "# a line of words that fills the context\n" * 200 + "def f():\n"
+    long = "# a line of words that fills the context\n" * 200 + "def f():"
     near, far = complete(lm, [long[-1500:], long], max_tokens=5)
     assert near == far
     other = complete(lm, [long.replace("def f", "def other_name")], max_tokens=5)[0]

@@ -39,17 +39,17 @@ def test_functions(documents):
     functions = documented_functions(documents, limit=8)
     assert [function.name for function in functions] == ["triple"]  # `broken` fails its own doctest
     (function,) = functions
-    assert function.prompt.endswith('    """\n') and "result" not in function.prompt
+    assert function.prompt.endswith('    """') and "result" not in function.prompt
     bodies = [
-        "    return number + number + number",
-        "    return 2",
-        "    return",
-        "    import os; os._exit(0)",
-        "    while True: pass",
+        "\n    return number + number + number",
+        "\n    return 2",
+        "\n    return",
+        "\n    import os; os._exit(0)",
+        "\n    while True: pass",
         "def",
     ]
     assert functions_pass(functions * len(bodies), bodies) == [True, False, False, False, False, False]
-    assert functions_pass(functions, ["    result = number * 3\n    return result\n"]) == [True]
+    assert functions_pass(functions, ["\n    result = number * 3\n    return result\n"]) == [True]
 
 
 def test_refuses_where_nothing_isolates(documents, monkeypatch):

@@ -69,7 +69,7 @@ def test_fine_tuning_costs_as_much_a_token_as_pretraining():
     class Config:
         steps, batch_size, sequence_length, epochs = 10, 4, None, None
 
-    model = Estimate(seconds=100.0, tokens=1000.0, parameters=5.0, flops=1e6, sample_tokens=50.0)
+    model = Estimate(seconds=100.0, tokens=1000.0, parameters=5.0, flops=1e6, sample_tokens=50.0, seconds_per_token=0.1)
     found = estimates.sft(Config, Known({}, {"model": model}))
     assert (found.tokens, found.seconds, found.flops) == (2000.0, 200.0, 2e6)
     Config.epochs = 2

@@ -43,9 +43,7 @@ class BaselinesConfig(Value):
     ngram_tokens: int = Field(default=20_000_000, gt=0)
 
 
-def baselines(
-    config: BaselinesConfig, data_folder: Path, tokens_folder: Path, folder: Path, seed: int = 0
-) -> dict[str, Any]:
+def baselines(config: BaselinesConfig, data_folder: Path, tokens_folder: Path, folder: Path, seed: int = 0) -> dict[str, Any]:
     """Bits per byte of every baseline, in all ("all") and by source; written to `folder/baselines.json` and returned.
 
     Nothing here is random; `seed` is accepted because every stage has one, and changes nothing."""

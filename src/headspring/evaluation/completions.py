@@ -1,7 +1,9 @@
 """Does generated code parse? A model continues the header of a function it has never seen, and `ast` judges.
 
-The prompt is a held-out module up to the end of a `def …:` line. Of the continuation, what counts is the function's
-body: the lines until the first one that is not indented deeper than the `def` (blank lines and comments do not end it).
+The prompt is a held-out module up to the colon of a `def …:` line. It stops before the line break, because a tokenizer
+may join that with the indentation below: a prompt that ends in half a token asks for text that no document holds. Of the
+continuation, what counts is the function's body: the lines until the first one that is not indented deeper than the
+`def` (blank lines and comments do not end it), or the first line where code follows the colon at once.
 Where the tokens ran out before such a line, the last statement of the body is unfinished through no fault of the model:
 the last line at the body's own indentation, with all below it, is taken off (lines that begin with a closing bracket or
 `else`, `elif`, `except`, `finally`, `case` belong to the line above). If nothing is left, the sample is undecided and
@@ -19,7 +21,7 @@ from typing import Any
 
 from headspring.text.documents import Document
 
-HEADER = re.compile(r"^([ \t]*)(?:async )?def \w+\([^\n]*\)(?: *->[^\n]*)?:[ \t]*\n", re.MULTILINE)
+HEADER = re.compile(r"^([ \t]*)(?:async )?def \w+\([^\n]*\)(?: *->[^\n]*)?:(?=[ \t]*\n)", re.MULTILINE)
 CONTINUES = re.compile(r"[\])}]|(?:else|elif|except|finally|case)\b")
 
 
@@ -28,8 +30,8 @@ class Header:
     """The end of a `def` line in a held-out module."""
 
     document_id: str
-    prompt: str  # the module up to and including the line
-    line: str  # the line itself, with its indentation
+    prompt: str  # the module up to and including the colon
+    line: str  # the last line of that, with its indentation
 
 
 def headers(documents: Sequence[Document], number: int, seed: int = 0) -> list[Header]:
@@ -41,9 +43,7 @@ def headers(documents: Sequence[Document], number: int, seed: int = 0) -> list[H
             random.Random(f"{seed}:{document.id}").shuffle(found)
             ordered += [(turn, document.id, document, match) for turn, match in enumerate(found)]
     ordered.sort(key=lambda entry: entry[:2])
-    return [
-        Header(document.id, document.text[: match.end()], match.group()) for _, _, document, match in ordered[:number]
-    ]
+    return [Header(document.id, document.text[: match.end()], match.group()) for _, _, document, match in ordered[:number]]
 
 
 def complete(lm: Any, prompts: Sequence[str], max_tokens: int, batch_size: int = 64) -> list[tuple[str, bool]]:
@@ -66,17 +66,22 @@ def _last_lines(text: str, characters: int) -> str:
 
 
 def body_of(continuation: str, header: str, finished: bool) -> str | None:
-    """The lines of the body as the module docstring defines them; None where the sample is undecided."""
-    depth = _depth(header)
-    lines = continuation.split("\n")
+    """The body as the module docstring defines it, from behind the colon on; None where the sample is undecided."""
+    same_line, line_break, rest = continuation.partition("\n")
+    if _is_code(same_line):  # def f(): return 1
+        return same_line if line_break or finished else None
+    below = _lines_of_body(rest, _depth(header), finished)
+    return None if below is None else f"{same_line}\n{below}"
+
+
+def _lines_of_body(text: str, depth: int, finished: bool) -> str | None:
+    lines = text.split("\n")
     end = next((i for i, line in enumerate(lines) if _is_code(line) and _depth(line) <= depth), None)
     if end is not None or finished:
         return "\n".join(lines[:end]).rstrip("\n")
     inner = next((_depth(line) for line in lines if _is_code(line)), None)
     starts = [
-        i
-        for i, line in enumerate(lines)
-        if _is_code(line) and _depth(line) == inner and not CONTINUES.match(line.strip())
+        i for i, line in enumerate(lines) if _is_code(line) and _depth(line) == inner and not CONTINUES.match(line.strip())
     ]
     kept = lines[: starts[-1]] if starts else []
     return "\n".join(kept).rstrip("\n") if any(map(_is_code, kept)) else None

@@ -81,9 +81,7 @@ def sequences(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
     eos = tokenizer.eos_id
     bos = eos if tokenizer.bos_id is None else tokenizer.bos_id
     if bos is None:
-        raise UserError(
-            "this tokenizer has neither a bos nor an eos token, so the first token of a text has no probability"
-        )
+        raise UserError("this tokenizer has neither a bos nor an eos token, so the first token of a text has no probability")
     for ids in tokenizer.encode_batch(list(texts)):
         yield [bos, *ids] if eos is None else [bos, *ids, eos]
 

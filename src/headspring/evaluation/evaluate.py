@@ -26,7 +26,7 @@ from headspring.posttraining.rates import rate
 from headspring.text.chat import Message
 from headspring.text.documents import Document
 
-SAMPLES = ("import ", "def main(", "class ", "The ")
+SAMPLES = ("import", "def main(", "class", "The")  # no space at the end: it would be half a token
 QUESTIONS = ("def area(width, height=2):\n    return width * height\n\nWhich parameters does this function take?",)
 
 
@@ -47,7 +47,7 @@ class EvaluateConfig(Value):
     tasks: TaskConfig | None = TaskConfig(per_kind=40)
     sets: tuple[str, ...] = ()
     execute: bool = True
-    completions: int = Field(default=64, ge=0)
+    completions: int = Field(default=48, ge=0)
     functions: int = Field(default=16, ge=0)
     samples: tuple[str, ...] = SAMPLES
     questions: tuple[str, ...] = QUESTIONS
@@ -55,15 +55,7 @@ class EvaluateConfig(Value):
     unsafe_execution: bool = False
 
 
-def untrained(config: EvaluateConfig) -> EvaluateConfig:
-    """What is worth measuring of a model before its first step: compression alone."""
-    nothing = {"tasks": None, "sets": (), "completions": 0, "functions": 0, "samples": (), "questions": ()}
-    return config.model_copy(update=nothing)
-
-
-def evaluate(
-    config: EvaluateConfig, model_folder: Path, data_folder: Path, folder: Path, seed: int = 0
-) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, model_folder: Path, data_folder: Path, folder: Path, seed: int = 0) -> dict[str, Any]:
     """The metrics of the model at `model_folder` on the data stage at `data_folder`; see `measure`.
 
     Writes `folder/evaluation.json` and `folder/tasks.jsonl`. `seed` chooses the tasks and headers."""

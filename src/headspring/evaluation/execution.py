@@ -66,7 +66,8 @@ def outputs_pass(tasks: Sequence[Task], answers: Sequence[str], unsafe: bool = F
 
 @dataclass(frozen=True)
 class DocumentedFunction:
-    """A function of a module, cut at its body: `module[:body_start]` ends with its docstring's line.
+    """A function of a module, cut at its body: `module[:body_start]` ends with its docstring's last line, without the
+    line break, with which a body begins (see `completions.py` for the reason).
 
     Offsets are in characters. `indent` is that of the `def`."""
 
@@ -129,13 +130,11 @@ def _functions(document: Document, max_lines: int) -> Iterator[DocumentedFunctio
         if not docstring or ">>>" not in docstring or last.end_lineno - first.lineno >= max_lines:
             continue
         start, end = starts[node.body[0].end_lineno], starts[last.end_lineno]
-        yield DocumentedFunction(document.text, node.name, docstring, document.id, start, end, " " * node.col_offset)
+        yield DocumentedFunction(document.text, node.name, docstring, document.id, start - 1, end, " " * node.col_offset)
 
 
 def _run(program: str, data: Sequence[list[str]], unsafe: bool) -> list[bool]:
     words = [secrets.token_hex(16) for _ in data]
     programs = [program.format(data=json.dumps([*row, word])) for row, word in zip(data, words)]
-    outcomes = run_batch(
-        programs, timeout=TIMEOUT, preload=PRELOAD, unsafe=unsafe, workers=2, description="running answers"
-    )
+    outcomes = run_batch(programs, timeout=TIMEOUT, preload=PRELOAD, unsafe=unsafe, workers=2, description="running answers")
     return [outcome.status == "ok" and word in outcome.stdout.split() for outcome, word in zip(outcomes, words)]

@@ -29,9 +29,7 @@ def held_out(data_folder: Path, config: HeldOut) -> list[Document]:
     """The chosen documents in file order. Raises `UserError` where the split has no text."""
     documents = [document for document in read_documents(data_folder, split=config.split) if document.text]
     if not documents:
-        raise UserError(
-            f"{data_folder}: the {config.split} split is empty, so nothing can be measured; enlarge its share"
-        )
+        raise UserError(f"{data_folder}: the {config.split} split is empty, so nothing can be measured; enlarge its share")
     if config.max_bytes is None:
         return documents
     chosen, total = set[int](), 0

@@ -158,9 +158,7 @@ def _parse(path: Path, number: int, line: str) -> Task:
 
 def write_answers(answers: Sequence[Answer], folder: Path) -> None:
     """`folder/tasks.jsonl`, one answer a line."""
-    write_atomic(
-        Path(folder) / TASKS, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
-    )
+    write_atomic(Path(folder) / TASKS, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
 
 
 def paired_difference(before: Path, after: Path, kind: str | None = None, seed: int = 0) -> tuple[float, float, float]:

@@ -20,10 +20,11 @@ from headspring.artifacts import UserError
 from headspring.artifacts.progress import task
 from headspring.inference.decoding import decode, in_batches
 from headspring.inference.generation import Generation, Request
-from headspring.inference.loading import BASE_KINDS, choose_device, choose_dtype, download, find, import_huggingface
+from headspring.inference.loading import BASE_KINDS, choose_device, choose_dtype, download, find
 from headspring.inference.sampling import SamplingParams
 from headspring.models import load_model, save_model, scoring
 from headspring.models.decoder import DecoderModule
+from headspring.models.dialects import export_huggingface, expresses, import_huggingface
 from headspring.models.folder import is_native
 from headspring.text.chat import Message
 from headspring.tokenization.tokenizer import Tokenizer
@@ -238,11 +239,22 @@ class LanguageModel:
         return self.model.sites.edit(dict(edits))
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `load` reads: config.json, model.safetensors, tokenizer.json."""
+        """Write a folder that `load` reads: config.json, model.safetensors, tokenizer.json.
+
+        In the layout of `transformers` where that has words for the model, else in Headspring's own."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, folder)
+        if expresses(self.model.config):
+            export_huggingface(self.model, folder, tokens=self._special_tokens())
+        else:
+            save_model(self.model, folder)
         self.tokenizer.save(folder)
+
+    def _special_tokens(self) -> dict[str, Any]:
+        """The ids that `transformers` wants in a config: where a text begins, ends (also a turn), and what pads."""
+        tokenizer = self.tokenizer
+        ends = [end for end in (tokenizer.eos_id, tokenizer.end_id) if end is not None]
+        return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends or None, "pad_token_id": tokenizer.pad_id}
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())

@@ -3,7 +3,6 @@
 A run means its last finished model stage. A stage counts as finished when its manifest is there (it is written last).
 """
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,13 +86,6 @@ def _stage_order(run: Path) -> list[str]:
         return []
     names: list[Any] = [stage.get("name") if isinstance(stage, dict) else stage for stage in stages]
     return [name for name in names if isinstance(name, str)]
-
-
-def import_huggingface(folder: Path) -> Any:
-    """The model of a folder in the layout of `transformers`. Raises `UserError` where no dialect reads it."""
-    if importlib.util.find_spec("headspring.models.dialects") is None:
-        raise UserError(f"{folder}: not a Headspring model, and Hugging Face models are not supported yet")
-    return importlib.import_module("headspring.models.dialects").import_huggingface(folder)
 
 
 def download(name: str, revision: str | None) -> Path:

@@ -66,7 +66,8 @@ def pretrain(config: Any, known: Known) -> Estimate:
     vocab_size = known.configs["tokenizer"].vocab_size
     figures = import_module("headspring.training.pretrain").plan(config, vocab_size)
     cost = {name: float(figures[name]) for name in ("seconds", "tokens", "parameters", "flops")}
-    return Estimate(**cost, sample_tokens=cost["tokens"] / (config.steps * config.batch_size))
+    samples = config.steps * config.batch_size
+    return Estimate(**cost, sample_tokens=cost["tokens"] / samples, seconds_per_token=cost["seconds"] / cost["tokens"])
 
 
 def sft(config: Any, known: Known) -> Estimate:
@@ -88,7 +89,7 @@ def preference(config: Any, known: Known) -> Estimate:
 
 def evaluate(config: Any, known: Known) -> Estimate:
     """One forward pass over the held-out bytes, windows overlapping by half, and the answers."""
-    rate = _seconds_per_token(known)
+    rate = known.estimates["model"].seconds_per_token
     if rate is None:
         return Estimate()
     held_out = min(config.held_out.max_bytes or float("inf"), known.bytes or 0.0) if config.held_out else 0.0
@@ -100,16 +101,11 @@ def evaluate(config: Any, known: Known) -> Estimate:
 def _training(tokens: float | None, known: Known) -> Estimate:
     """Training the given model on `tokens`, at what a token cost it before."""
     model = known.estimates["model"]
-    scale = tokens / model.tokens if tokens is not None and model.tokens else None
+    if tokens is None:
+        return Estimate()
+    rate, flops = model.seconds_per_token, model.flops / model.tokens if model.flops and model.tokens else None
     return Estimate(
-        seconds=scale * model.seconds if scale is not None and model.seconds is not None else None,
+        seconds=rate * tokens if rate is not None else None,
         tokens=tokens,
-        parameters=model.parameters,
-        flops=scale * model.flops if scale is not None and model.flops is not None else None,
-        sample_tokens=model.sample_tokens,
+        flops=flops * tokens if flops is not None else None,
     )
-
-
-def _seconds_per_token(known: Known) -> float | None:
-    model = known.estimates["model"]
-    return model.seconds / model.tokens if model.seconds is not None and model.tokens else None

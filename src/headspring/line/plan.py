@@ -100,9 +100,10 @@ def plan(
             manifests[step.name] = before
             estimate = _measured(before)
         else:
-            estimate = _estimate(step, loaded, manifests, estimates, before)
-        estimates[step.name] = estimate
-        rows.append(PlannedStage(step.name, step.stage.kind, reason is None, reason or "", estimate))
+            estimate = _estimate(step, loaded, estimates, before)
+        above = step.inputs.get("model")
+        estimates[step.name] = estimate.inheriting(estimates[above.step] if above else None)
+        rows.append(PlannedStage(step.name, step.stage.kind, reason is None, reason or "", estimates[step.name]))
     return Plan(loaded.name, folder, tuple(rows))
 
 
@@ -127,13 +128,7 @@ def _reason(
     return None if before.cache_key == target.key else ", ".join(reasons(before, target))
 
 
-def _estimate(
-    step: Step,
-    recipe: Recipe,
-    manifests: Mapping[str, Manifest],
-    estimates: Mapping[str, Estimate],
-    before: Manifest | None,
-) -> Estimate:
+def _estimate(step: Step, recipe: Recipe, estimates: Mapping[str, Estimate], before: Manifest | None) -> Estimate:
     above = {role: recipe.step(source.step) for role, source in step.inputs.items()}
     known = Known(
         configs={role: source.config for role, source in above.items()},
@@ -151,8 +146,14 @@ def _measured(manifest: Manifest) -> Estimate:
     figures = {name: number(lookup(manifest.metrics, name)) for name in ("tokens", "parameters", "flops")}
     steps, batch = (number(value) for value in (manifest.metrics.get("steps"), manifest.config.get("batch_size")))
     sample_tokens = figures["tokens"] / (steps * batch) if figures["tokens"] and steps and batch else None
-    kept = number(lookup(manifest.metrics, "bytes_kept"))
-    return Estimate(seconds=manifest.cost.get("seconds"), sample_tokens=sample_tokens, bytes=kept, **figures)
+    trained, tokens = number(manifest.metrics.get("train_seconds")), figures["tokens"]
+    return Estimate(
+        seconds=manifest.cost.get("seconds"),
+        bytes=number(lookup(manifest.metrics, "bytes_kept")),
+        sample_tokens=sample_tokens,
+        seconds_per_token=trained / tokens if trained and tokens else None,
+        **figures,
+    )
 
 
 def _time(seconds: float | None) -> str:

@@ -33,11 +33,17 @@ class Estimate:
     tokens: float | None = None
     parameters: float | None = None
     flops: float | None = None
-    sample_tokens: float | None = None  # tokens of one training sample; what follows inherits it
     bytes: float | None = None  # of text that comes out
+    sample_tokens: float | None = None  # tokens of one training sample
+    seconds_per_token: float | None = None  # of training on one token
 
     def with_seconds(self, seconds: float | None) -> "Estimate":
         return replace(self, seconds=seconds)
+
+    def inheriting(self, model: "Estimate | None") -> "Estimate":
+        """With what is known of the model it starts from, where nothing better is."""
+        names = ("parameters", "sample_tokens", "seconds_per_token") if model else ()
+        return replace(self, **{name: getattr(model, name) for name in names if getattr(self, name) is None})
 
 
 @dataclass(frozen=True)

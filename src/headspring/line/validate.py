@@ -74,9 +74,8 @@ def _places(location: Sequence[str | int], values: Any, kind: str) -> Route:
     """`location` without what is not a key of `values` (tags of unions, names of types)."""
     route: list[str | int] = []
     for index, key in enumerate(location):
-        if isinstance(values, Mapping) and key in values:
-            values = values[key]
-        elif isinstance(values, list) and isinstance(key, int):
+        indexed = isinstance(values, list) and isinstance(key, int)
+        if indexed or (isinstance(values, Mapping) and key in values):
             values = values[key]
         elif not (kind == "missing" and index == len(location) - 1):
             continue

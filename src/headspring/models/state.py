@@ -26,7 +26,13 @@ class KeyValueState:
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep the given rows, in the given order. A row may appear more than once."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.keys, self.values = self._pick(self.keys, rows), self._pick(self.values, rows)
+
+    def _pick(self, buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """A buffer of the same capacity for `rows`; only what is stored is copied."""
+        picked = buffer.new_empty(len(rows), *buffer.shape[1:])
+        picked[:, :, : self.length] = buffer[rows, :, : self.length]
+        return picked
 
     def rewind(self, tokens: int) -> None:
         """Forget the last `tokens` tokens of every row."""

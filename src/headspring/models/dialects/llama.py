@@ -58,7 +58,7 @@ QK_NORMS = tuple(_renamed(f"self_attn.{x}_norm.weight", f"mixer.f.{x}_norm.weigh
 HEAD = (Rule("lm_head.weight", "head.weight"),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """One architecture of `transformers`.
 
@@ -80,13 +80,15 @@ class Family:
     def decoder(self, config: Mapping[str, Any]) -> Decoder:
         """The decoder that `config` (the content of config.json) describes. Raises `UserError` where it is another function."""
         config = {"tie_word_embeddings": False, **self.defaults, **config}
-        self._refuse(config)
         try:
+            self._refuse(config)
             norm = RMSNorm(epsilon=config["rms_norm_eps"])
+            width, heads = config["hidden_size"], config["num_attention_heads"]
+            kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
             attention = Attention(
-                heads=config["num_attention_heads"],
-                kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-                head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+                heads=heads,
+                kv_heads=None if kv_heads == heads else kv_heads,
+                head_dim=None if head_dim is not None and head_dim * heads == width else head_dim,
                 position=RoPE(theta=_theta(config)),
                 qk_norm=norm if self.qk_norm else None,
                 bias=self.bias,
@@ -95,7 +97,7 @@ class Family:
             block = Block(mixer=Branch(f=attention, pre=norm), feedforward=feedforward)
             return Decoder(
                 vocab=config["vocab_size"],
-                width=config["hidden_size"],
+                width=width,
                 layers=repeat(config["num_hidden_layers"], block),
                 context=config["max_position_embeddings"],
                 norm=norm,
@@ -107,7 +109,7 @@ class Family:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "config"
             raise UserError(f"config.json describes no {self.architecture}: {field}: {first['msg']}") from None
-        except (TypeError, ZeroDivisionError) as error:
+        except TypeError as error:
             raise UserError(f"config.json describes no {self.architecture}: {error}") from None
 
     def config(self, decoder: Decoder) -> dict[str, Any]:
@@ -132,6 +134,7 @@ class Family:
             "rope_theta": theta,  # transformers before 5, and most other readers
             "rope_parameters": {"rope_type": "default", "rope_theta": theta},
             "rope_scaling": None,
+            "sliding_window": None,
             "use_cache": True,
             **self.fixed,
         }
@@ -144,23 +147,23 @@ class Family:
         if window is not None and window < config["max_position_embeddings"]:
             raise UserError(f"config.json: sliding_window = {window} is in use; windowed attention is not supported")
         if set(config.get("layer_types") or ()) - {"full_attention"}:
-            raise UserError(f"config.json: layer_types = {sorted(set(config['layer_types']))}; only full_attention is supported")
+            raise UserError(f"config.json: layer_types = {config['layer_types']}; only full_attention is supported")
         if config.get("quantization_config"):
             raise UserError("config.json: quantization_config: quantized weights are not supported; take the original model")
 
 
 def _theta(config: Mapping[str, Any]) -> float:
     """The rotary base, from `rope_parameters` (transformers 5) or `rope_theta` (before it). Scaled rotations are refused."""
-    parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    for source in (parameters, scaling):
-        kind = source.get("rope_type", source.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"config.json: rope scaling {kind!r} is not supported, only the default rotation")
-    for source in (parameters, scaling, config):
-        if source.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-            raise UserError("config.json: partial_rotary_factor is not supported: every channel of a head is rotated")
-    return float(parameters.get("rope_theta") or scaling.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        unknown = set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        if kind != "default" or unknown:
+            raise UserError(f"config.json: {key} = {dict(rope)} is not supported, only the default rotation")
+    rope = config.get("rope_parameters") or {}
+    if {rope.get("partial_rotary_factor", 1.0), config.get("partial_rotary_factor", 1.0)} - {None, 1.0}:
+        raise UserError("config.json: partial_rotary_factor is not supported: every channel of a head is rotated")
+    return float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
 
 
 NO_BIAS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}

@@ -8,7 +8,7 @@ with them, so that `export(import(w)) == w` bit for bit. Why a table and not two
 two functions drift apart, and only one of them is tried when it matters.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,13 +65,15 @@ def check_shapes(rules: Sequence[Rule], ours: Mapping[str, Shape], theirs: Mappi
 
 
 def to_ours(
-    rules: Sequence[Rule], read: Callable[[str], torch.Tensor], shapes: Mapping[str, Shape]
+    rules: Sequence[Rule], theirs: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape]
 ) -> dict[str, torch.Tensor]:
-    """Our tensors, from `read(their name)`; `shapes` are those of ours, which say where a fused tensor is cut."""
-    tensors = {}
+    """Our tensors, from theirs; `shapes` are those of ours, which say where a fused tensor is cut."""
+    tensors: dict[str, torch.Tensor] = {}
     for rule in rules:
-        parts = read(rule.theirs).split([shapes[name][0] for name in rule.ours])
-        tensors.update((name, part.contiguous()) for name, part in zip(rule.ours, parts, strict=True))
+        parts = theirs[rule.theirs].split([shapes[name][0] for name in rule.ours])
+        # Parts of one tensor share its memory, which a later save would refuse.
+        parts = [part.clone() for part in parts] if len(parts) > 1 else parts
+        tensors.update(zip(rule.ours, parts, strict=True))
     return tensors
 
 
