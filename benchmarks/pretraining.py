@@ -3,9 +3,9 @@
     python benchmarks/pretraining.py [--steps 200 --turn 20 --width 256 --depth 6 ...]
 
 Every contender is a process of its own that trains for `--turn` steps when it is told to and then waits, so that they
-alternate (A B C D A B C D …) on the same machine in the same minutes. All see the same batches of the same tokens in the same
-order, in bf16 with the same threads. After every turn each measures its loss on the same held-out tokens (that time does not
-count). Reported: tokens/s as the median over turns with the spread, and the time each needs to reach the best peer's final loss.
+alternate (A B C D A B C D …) on the same machine in the same minutes. All see the same batches of the same tokens in the
+same order, in bf16 with the same threads. After every turn each measures its loss on the same held-out tokens (that time does
+not count). Reported: tokens/s as the median over turns with the spread, and the time each needs to reach the best peer's final loss.
 
 Contenders: `headspring`; `reference` (GPT-2 block, AdamW, autocast, in the style of nanoGPT) and `reference-compiled`
 (the same under torch.compile); `trainer` (transformers.Trainer on the same architecture as ours, Qwen3) and
@@ -148,7 +148,8 @@ def main() -> None:
             "seconds_to_best_peers_loss": needed,
             "time_over_best_peers": None if needed is None else needed / peers[best]["seconds"],
         }
-        print(f"{ratio:.2f} × the tokens/s of {fastest}; {best}'s loss {target:.4f} in {needed} s of its {peers[best]['seconds']} s")
+        print(f"{ratio:.2f} × the tokens/s of {fastest}")
+        print(f"{best}'s loss {target:.4f} in {needed} s of its {peers[best]['seconds']} s")
     write_json(arguments.out, json.loads(json.dumps(result, default=str)))
     print(arguments.out)
 

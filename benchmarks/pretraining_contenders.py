@@ -79,9 +79,10 @@ def headspring(arguments, data: Data) -> None:
     from headspring.training.objective import NextToken
     from headspring.training.pretrain import PretrainConfig
 
+    shape = {name: getattr(arguments, name) for name in ("width", "depth", "heads")}
     config = PretrainConfig.model_validate(
         {
-            "model": {"width": arguments.width, "depth": arguments.depth, "heads": arguments.heads, "context": arguments.length},
+            "model": shape | {"context": arguments.length},
             "steps": arguments.steps,
             "batch_size": arguments.batch,
             "checkpoint_every": arguments.steps,

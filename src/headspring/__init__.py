@@ -7,7 +7,12 @@ lm = hs.load("runs/quickstart")
 Names are imported when they are first used, so that `import headspring` loads neither torch nor any stage.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Threads that wait should sleep, not spin: where anything else runs on the machine, a spinning thread keeps its partner off
+# the core, and a training step took 4 to 7 times as long (docs/LOG.md). Read by the OpenMP runtime when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from headspring.artifacts import HeadspringError as HeadspringError

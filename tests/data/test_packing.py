@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from corpora import ByteTokenizer, corpus, document, make_shards, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from headspring.data.batch import IGNORE
 from headspring.data.layout import BestFit, Concatenated
 from headspring.data.mixture import Mixture
 from headspring.data.packing import PackedTokens
+from tests.data.corpora import ByteTokenizer, corpus, document, make_shards, rows
 
 PAD = 9_999_999
 PACKINGS = ["concat", "best_fit"]

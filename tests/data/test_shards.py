@@ -5,12 +5,12 @@ import pickle
 
 import numpy as np
 import pytest
-from corpora import ByteTokenizer, WordTokenizer, corpus, document, make_shards, rows
 
 from headspring.artifacts import CorruptArtifact, UserError
 from headspring.artifacts.files import sha256_file
 from headspring.data.shards import TokensConfig, TokenShards, write_tokens
 from headspring.data.store import Row, write_documents
+from tests.data.corpora import ByteTokenizer, WordTokenizer, corpus, document, make_shards, rows
 
 
 def check_every_token(shards, documents, tokenizer, split="train"):

@@ -4,7 +4,6 @@ import tempfile
 from collections import defaultdict
 
 import pytest
-from corpora import ByteTokenizer, WordTokenizer, corpus, document, make_shards, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from headspring.data.packing import PackedTokens
 from headspring.data.permutation import Permutation
 from headspring.data.store import Row
 from headspring.tokenization.train import TokenizerConfig, train_tokenizer
+from tests.data.corpora import ByteTokenizer, WordTokenizer, corpus, document, make_shards, rows
 
 
 def check_inverse(data, documents, tokenizer):

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from blocks import ROOT, all_blocks, blocks
+
+from tests.docs.blocks import ROOT, all_blocks, blocks
 
 RUN = ("headspring", "ls", "cat", "echo")
 NOT_RUN = ("git", "cd", "source", "open", "pip", "python", "torchrun")  # checked by eye

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import yaml
-from blocks import ROOT
+
+from tests.docs.blocks import ROOT
 
 CHECKS = """
 import pytest

@@ -1,12 +1,8 @@
 """Toy lines for the tests of this folder."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import toy
+from tests.line import toy
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-import toy
-
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import headspring.line.run as line
 from headspring.line.registry import Stage
+from tests.line import toy
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-import toy
 
 import headspring
 from headspring import cli
+from tests.line import toy
 
 
 @pytest.fixture

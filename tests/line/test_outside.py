@@ -3,13 +3,13 @@
 import os
 
 import pytest
-import toy
 
 from headspring.artifacts import UserError, Value
 from headspring.line.decide import model_hash
 from headspring.line.evaluation_files import evaluation_texts
 from headspring.line.fingerprint import sources_fingerprint
 from headspring.line.recipe import load_recipe
+from tests.line import toy
 
 
 class Sources(Value):

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-import toy
 
 from headspring.artifacts import UserError
 from headspring.line import estimates
 from headspring.line.plan import plan
 from headspring.line.registry import Estimate, Known, Stage
 from headspring.line.run import run
+from tests.line import toy
 
 
 @pytest.fixture

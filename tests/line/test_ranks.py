@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import toy
+
+from tests.line import toy
 
 
 @pytest.mark.slow

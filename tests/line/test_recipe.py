@@ -1,11 +1,11 @@
 """Recipes: how they become steps, and that every mistake in one is a line that names its place."""
 
 import pytest
-import toy
 
 from headspring.artifacts import UserError
 from headspring.line.recipe import find_recipe, load_recipe
 from headspring.line.source import read_source
+from tests.line import toy
 
 
 def load(folder, text=toy.RECIPE, overrides=()):

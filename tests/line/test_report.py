@@ -5,7 +5,6 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from fabricate import fabricate_run, rate
 
 from headspring.artifacts import UserError
 from headspring.artifacts.files import read_json, write_json
@@ -15,6 +14,7 @@ from headspring.line.report.comparisons import difference_interval, matrix, verd
 from headspring.line.report.compression import compression
 from headspring.line.report.funnel import funnel
 from headspring.line.report.reading import read_run
+from tests.line.fabricate import fabricate_run, rate
 
 STAGES = ["data", "tokenizer", "tokens", "baselines", "pretrain", "sft", "dpo", "evaluate-initial", "evaluate-dpo"]
 

@@ -6,12 +6,12 @@ import os
 import signal
 
 import pytest
-import toy
 
 from headspring.artifacts import CorruptArtifact, HeadspringError, UserError
 from headspring.artifacts.manifest import read_manifest
 from headspring.line.registry import Stage
 from headspring.line.run import run as run_line
+from tests.line import toy
 
 TRAINED = ["data", "tokenizer", "pretrain", "sft", "dpo"]
 ALL = [*TRAINED, "evaluate-initial", "evaluate-pretrain", "evaluate-sft", "evaluate-dpo"]

@@ -217,7 +217,7 @@ def test_copies_that_follow_from_the_rest_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architectures": ["LlamaForCausalLLM"]}, "'LlamaForCausalLLM' is not supported; the nearest that are: LlamaForCausalLM, "),
+        ({"architectures": ["LlamaForCausalLLM"]}, "'LlamaForCausalLLM' is not supported; the nearest that are: Llama"),
         ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported; the nearest that are: Llama"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "not supported"),
         ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2' is not supported"),

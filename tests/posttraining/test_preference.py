@@ -191,7 +191,7 @@ def tuned(world, tmp_path_factory):
 def dpo_config(tasks, **changes) -> PreferenceConfig:
     optimizer = AdamW(learning_rate=1e-3, weight_decay=0.0)
     settings = {"tasks": tasks, "steps": 40, "batch_size": 8, "num_answers": 8, "max_answer_tokens": 20}
-    settings |= {"optimizer": optimizer, "nll_weight": 1.0, "validation_per_kind": 100}
+    settings |= {"optimizer": optimizer, "temperature": 1.0, "validation_per_kind": 100}
     return PreferenceConfig(**{**settings, **changes})
 
 

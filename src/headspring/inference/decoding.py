@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headspring.artifacts import HeadspringError
 from headspring.inference.generation import Request
-from headspring.inference.sampling import RowParams, sample
+from headspring.inference.sampling import RowParams, most_likely, sample
 from headspring.models.decoder import DecoderModule
 from headspring.tokenization.tokenizer import Tokenizer
 
@@ -118,7 +118,7 @@ class _Rows:
         return early if self.nameless is None else early | self.nameless
 
     def _record_top(self, logits: Tensor) -> None:
-        values, ids = (logits - logits.logsumexp(-1, keepdim=True)).topk(min(self.num_top, self.vocab))
+        ids, values = most_likely(logits, min(self.num_top, self.vocab))
         for request, row_ids, row_values in zip(self.requests, ids.tolist(), values.tolist(), strict=True):
             if request.params.logprobs is not None and request.finish_reason is None:
                 count = request.params.logprobs

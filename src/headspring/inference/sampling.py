@@ -142,6 +142,12 @@ def sample(
     return ids, logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
 
+def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` most likely tokens of each row under the model itself, ids and log-probabilities (B, count)."""
+    values, ids = logits.topk(count)
+    return ids, values - logits.logsumexp(-1, keepdim=True)
+
+
 def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     """CTRL's penalty: a seen token's logit is divided by it where positive, multiplied where negative."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -51,8 +51,8 @@ class Guard:
             name, norm = largest_gradient(model)
             usual = statistics.median(self.losses)
             raise Diverged(
-                f"step {step}: loss jumped from {usual:.3f} to {loss:.3f}; the largest gradient is in {name} (norm {norm:.3g}); "
-                "the last checkpoint is kept: lower the learning rate, or raise train.spike to go on"
+                f"step {step}: loss jumped from {usual:.3f} to {loss:.3f}; the largest gradient is in {name} "
+                f"(norm {norm:.3g}); the last checkpoint is kept: lower the learning rate, or raise spike to go on"
             )
         self.losses.append(loss)
         del self.losses[:-50]
@@ -140,7 +140,7 @@ class Log(Callback):
         path = self.folder / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= run.step]
         path.write_text("".join(kept))
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in on_end
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=run.step + 1)
 
     def on_step(self, run: "Run", record: dict[str, Any]) -> None:

@@ -183,6 +183,19 @@ def training_flops(model: DecoderModule, sequence_length: int) -> float:
     return 3.0 * model.ledger(sequence_length).flops
 
 
+def measured_seconds(model: DecoderModule, objective: Objective, batch: Any, precision: str, repeats: int = 3) -> float:
+    """Seconds of a forward and backward pass over `batch`, the best of `repeats`. The model is left as it was."""
+    before, model.compute_dtype = model.compute_dtype, DTYPES[precision]
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        objective.loss(model, batch)[0].backward()
+        best = min(best, time.perf_counter() - started)
+    model.compute_dtype = before
+    model.zero_grad(set_to_none=True)
+    return best
+
+
 def _micro_batches(run: Run) -> list[Any]:
     config = run.config
     indices = distributed.share(range(run.step * config.batch_size, (run.step + 1) * config.batch_size))

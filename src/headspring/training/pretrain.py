@@ -9,7 +9,7 @@ from pydantic import Field
 
 from headspring.artifacts.errors import UserError
 from headspring.artifacts.value import Value
-from headspring.data.batch import IGNORE, collate
+from headspring.data.batch import IGNORE, Batch, collate
 from headspring.data.mixture import Mixture
 from headspring.data.packing import PackedTokens
 from headspring.data.shards import TokenShards
@@ -20,7 +20,7 @@ from headspring.tokenization.tokenizer import Tokenizer
 from headspring.training import distributed
 from headspring.training.callbacks import Validation
 from headspring.training.config import TrainConfig
-from headspring.training.loop import DTYPES, train, training_flops
+from headspring.training.loop import DTYPES, measured_seconds, train, training_flops
 from headspring.training.measure import matmul_flops
 from headspring.training.objective import NextToken
 
@@ -128,24 +128,17 @@ def validation(model: DecoderModule, shards: TokenShards, length: int, config: P
 
 def plan(config: PretrainConfig, vocab_size: int) -> dict[str, float]:
     """Parameters, tokens, FLOPs and estimated seconds, from a short measurement of one step on this machine."""
-    import time
-
     length = config.sequence_length or config.model.context
     model = config.model.decoder(vocab_size).build()
     tokens = config.steps * config.batch_size * length
     rows = min(config.batch_size, config.micro_batch_size or config.batch_size, 8)
-    batch = torch.randint(0, vocab_size, (rows, length))
-    model.compute_dtype = DTYPES[config.precision]
-    seconds = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        cross_entropy_sum(model, model(batch), batch).backward()
-        seconds = min(seconds, time.perf_counter() - started)
+    ids = torch.randint(0, vocab_size, (rows, length))
+    seconds = measured_seconds(model, NextToken(), Batch(ids, ids), config.precision)
     flops = tokens * training_flops(model, length)
     return {
         "parameters": model.num_parameters(),
         "tokens": tokens,
         "flops": flops,
-        "seconds": seconds * tokens / batch.numel(),
+        "seconds": seconds * tokens / ids.numel(),
         "matmul_flops_per_second": matmul_flops(DTYPES[config.precision], "cpu", torch.get_num_threads()),
     }

@@ -1,0 +1,259 @@
+"""Planted bugs: each is a context manager `bug(model)` inside which the model, or what handles it, is wrong in one way."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import save
+from torch.nn.functional import cross_entropy
+
+from headspring.data.batch import IGNORE
+from headspring.models import dialects, folder, scoring
+from headspring.models.block import BranchModule
+from headspring.models.part import PartModule
+from headspring.models.state import KeyValueState, State
+from headspring.training import checkpoint
+from headspring.training.objective import NextToken
+
+
+@contextmanager
+def one_logit_short(model) -> Iterator[None]:
+    original = model.logits
+    with patch.object(model, "logits", lambda hidden: original(hidden)[..., :-1]):
+        yield
+
+
+@contextmanager
+def half_precision_logits(model):
+    original = model.logits
+    with patch.object(model, "logits", lambda hidden: original(hidden).bfloat16()):
+        yield
+
+
+@contextmanager
+def sees_the_future(model):
+    """Also behind a mask: every key that is not masked for another reason is open."""
+    original = model._context
+
+    def open_context(*arguments):
+        context = original(*arguments)
+        mask = None if context.mask is None else context.mask | context.mask.mT
+        return replace(context, mask=mask, causal=False)
+
+    with patch.object(model, "_context", open_context):
+        yield
+
+
+@contextmanager
+def padding_ignored(model):
+    original = model._context
+    with patch.object(model, "_context", lambda time, state, segments, padding: original(time, state, segments, None)):
+        yield
+
+
+@contextmanager
+def segments_ignored(model):
+    original = model._context
+    with patch.object(model, "_context", lambda time, state, segments, padding: original(time, state, None, padding)):
+        yield
+
+
+@contextmanager
+def rows_leak_into_each_other(model):
+    original = model.forward
+
+    def leaky(*arguments, **masks):
+        hidden = original(*arguments, **masks)
+        return hidden + 1e-3 * hidden.mean(0, keepdim=True)
+
+    with patch.object(model, "forward", leaky):
+        yield
+
+
+@contextmanager
+def cache_off_by_one(model):
+    """The first new key and value overwrite the last ones that are stored."""
+    original = KeyValueState.append
+
+    def append(self, k, v):
+        length, self.length = self.length, max(0, self.length - 1)
+        keys, values = original(self, k, v)
+        self.length = length + k.shape[2]
+        if length:  # the right number of keys, all but the last shifted
+            keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return keys, values
+
+    with patch.object(KeyValueState, "append", append):
+        yield
+
+
+@contextmanager
+def padding_forgotten_after_prefill(model):
+    original = model._context
+
+    def forgetful(time, state, segments, padding):
+        context = original(time, state, segments, padding)
+        if state is not None:
+            state.padding = None
+        return context
+
+    with patch.object(model, "_context", forgetful):
+        yield
+
+
+@contextmanager
+def rewind_leaves_one(model):
+    original = KeyValueState.rewind
+
+    def rewind(self, tokens):
+        original(self, tokens)
+        self.keys[:, :, self.length - 1] = self.keys[:, :, self.length]
+        self.values[:, :, self.length - 1] = self.values[:, :, self.length]
+
+    with patch.object(KeyValueState, "rewind", rewind):
+        yield
+
+
+@contextmanager
+def select_forgets_values(model):
+    def select(self, rows):
+        self.keys, self.values = self.keys[rows], self.values[torch.arange(len(rows)) % len(self.values)]
+
+    with patch.object(KeyValueState, "select", select):
+        yield
+
+
+@contextmanager
+def select_forgets_padding(model):
+    original = State.select
+
+    def select(self, rows):
+        padding = self.padding
+        original(self, rows)
+        self.padding = padding[torch.arange(len(rows)) % len(padding)]
+
+    with patch.object(State, "select", select):
+        yield
+
+
+@contextmanager
+def copies_end_to_end(model):
+    def fork(self, copies):
+        self.select(torch.arange(len(self.layers[0].keys)).repeat(copies))
+
+    with patch.object(State, "fork", fork):
+        yield
+
+
+@contextmanager
+def looking_scales(model):
+    def site(self, name, value):
+        return value if self.tap is None else self.tap(name, value) * 1.001
+
+    with patch.object(PartModule, "site", site):
+        yield
+
+
+@contextmanager
+def edits_dropped(model):
+    def site(self, name, value):
+        if self.tap is not None:
+            self.tap(name, value)
+        return value
+
+    with patch.object(PartModule, "site", site):
+        yield
+
+
+@contextmanager
+def stream_added_twice(model):
+    original = BranchModule.combine
+    with patch.object(BranchModule, "combine", lambda self, x, y: original(self, x, y) + x):
+        yield
+
+
+# ---- training and formats
+
+
+@contextmanager
+def blind_to_its_input(model):
+    """Every token looks like the first of the vocabulary, so that only frequencies can be learned."""
+    original = type(model).forward
+
+    def blind(self, tokens, **masks):
+        return original(self, torch.zeros_like(tokens), **masks)
+
+    with patch.object(type(model), "forward", blind):
+        yield
+
+
+@contextmanager
+def optimizer_forgotten(model):
+    original = checkpoint.restore
+
+    def restore(snapshot, *rest):
+        kept = {name: tensor for name, tensor in snapshot.tensors.items() if not name.startswith("optimizer/")}
+        original(replace(snapshot, tensors=kept), *rest)
+
+    with patch.object(checkpoint, "restore", restore):
+        yield
+
+
+@contextmanager
+def mean_of_means(model):
+    count, loss = NextToken.count, NextToken.loss
+
+    def mean(self, model, batch):
+        total, metrics = loss(self, model, batch)
+        return total / max(1, count(self, batch)), metrics
+
+    with patch.object(NextToken, "count", lambda self, batch: 1), patch.object(NextToken, "loss", mean):
+        yield
+
+
+@contextmanager
+def mask_ignored(model):
+    def everything(hidden, targets):
+        return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).clamp(min=0)
+
+    with patch.object(scoring, "_kept", everything):
+        yield
+
+
+@contextmanager
+def mean_over_nothing(model):
+    def loss(self, model, batch):
+        logits = model.logits(model(batch.inputs))
+        return cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE), {}
+
+    with patch.object(NextToken, "loss", loss):
+        yield
+
+
+@contextmanager
+def saved_in_half_precision(model):
+    def lossy(tensors, metadata):
+        return save({name: tensor.bfloat16().float() for name, tensor in tensors.items()}, metadata)
+
+    with patch.object(folder, "save", lossy):
+        yield
+
+
+@contextmanager
+def exported_in_another_pairing(model):
+    """The rows of the queries are written with neighbours in the place of halves; what has no format, as nothing at all."""
+    original = dialects.to_theirs
+
+    def paired(rules, ours):
+        names = [name for name in ours if name.endswith("mixer.f.q.weight")]
+        wrong = {name: ours[name].unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1) for name in names}
+        return original(rules, {**ours, **wrong})
+
+    if dialects.expresses(model.config):
+        with patch.object(dialects, "to_theirs", paired):
+            yield
+    else:
+        with patch.object(dialects, "export_huggingface", lambda model, folder: None):
+            yield

@@ -1,0 +1,244 @@
+"""The identities that every family must keep: forward, state, inspection. One function each, `check(model)`.
+
+A check raises AssertionError where the model does not keep it; `bugs` has at least one planted bug that makes it raise.
+Exact means exact; everything else is compared in float32 to 1e-5 of the largest value.
+"""
+
+from itertools import pairwise
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+TOLERANCE = 1e-5
+
+
+def random_tokens(model, rows: int, time: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab, (rows, time), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    worst = float((found - expected).detach().abs().max())
+    assert worst <= TOLERANCE * max(1.0, float(expected.detach().abs().max())), f"differs by {worst:.2e}"
+
+
+# ---- forward
+
+
+@torch.no_grad()
+def shapes(model):
+    """(B, T) → hidden (B, T, D) → logits (B, T, V) in float32, finite; also for one row and one token."""
+    for rows, time in ((3, 7), (1, 1), (2, model.config.context)):
+        hidden = model(random_tokens(model, rows, time))
+        logits = model.logits(hidden)
+        assert hidden.shape == (rows, time, model.config.width)
+        assert logits.shape == (rows, time, model.config.vocab) and logits.dtype == torch.float32
+        assert logits.isfinite().all()
+
+
+def influence(model, tokens, row: int, time: int, **masks) -> torch.Tensor:
+    """(B, T): how much each input moves the hidden state at (row, time), as the size of a gradient."""
+    leaves = []
+
+    def leaf(x):
+        leaves.append(x.detach().requires_grad_())
+        return leaves[0]
+
+    with model.sites.edit({"embed": leaf}):
+        hidden = model(tokens, **masks)[row, time]
+    direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(time))
+    (gradient,) = torch.autograd.grad(hidden @ direction, leaves)
+    return gradient.abs().sum(-1)
+
+
+def causality(model):
+    """The gradient of position t with respect to inputs after t is exactly 0, masks or no masks; that of t is not."""
+    tokens, time = random_tokens(model, 2, 9), 9
+    segments = torch.tensor([[0] * 4 + [1] * 5, [0] * 2 + [1] * 7])
+    for masks in ({}, {"padding": torch.tensor([0, 3])}, {"segments": segments}):
+        for t in range(4, time):
+            moved = influence(model, tokens, 1, t, **masks)
+            assert moved[1, t + 1 :].count_nonzero() == 0, f"position {t} sees the future"
+            assert moved[1, t] > 0
+    assert (influence(model, tokens, 1, 8)[1] > 0).all()
+
+
+def masked_is_removed(model):
+    """Pads and other documents have no influence at all, and what they hold changes nothing, bit for bit."""
+    tokens, other = random_tokens(model, 2, 9), random_tokens(model, 2, 9, seed=1)
+    padding = torch.tensor([4, 0])
+    segments = torch.tensor([[0] * 4 + [1] * 5] * 2)
+    for masks in ({"padding": padding}, {"segments": segments}):
+        assert influence(model, tokens, 0, 8, **masks)[0, :4].count_nonzero() == 0
+        with torch.no_grad():
+            changed = torch.cat([other[:, :4], tokens[:, 4:]], dim=1)
+            before, after = model(tokens, **masks)[0, 4:], model(changed, **masks)[0, 4:]
+        assert torch.equal(before, after)
+
+
+@torch.no_grad()
+def one_row_is_many_rows(model):
+    """A row has the same hidden states alone and beside others."""
+    tokens = random_tokens(model, 5, 11)
+    together = model(tokens)
+    for row in range(5):
+        assert_close(together[row : row + 1], model(tokens[row : row + 1]))
+
+
+@torch.no_grad()
+def left_padded_is_unpadded(model):
+    """A row behind pads has the hidden states of the row without them."""
+    tokens, padding = random_tokens(model, 4, 12), torch.tensor([0, 1, 5, 11])
+    padded = model(tokens, padding=padding)
+    assert padded.isfinite().all()  # a pad sees only itself, which is no reason for NaN
+    for row, pads in enumerate(padding.tolist()):
+        assert_close(padded[row, pads:], model(tokens[row : row + 1, pads:])[0])
+
+
+@torch.no_grad()
+def packed_is_separate(model):
+    """Documents packed in one row have the hidden states of documents in rows of their own."""
+    tokens, lengths = random_tokens(model, 2, 15), [[4, 1, 10], [7, 6, 2]]
+    segments = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(row)) for row in lengths])
+    packed = model(tokens, segments=segments)
+    for row in range(2):
+        for document in range(3):
+            place = segments[row] == document
+            assert_close(packed[row, place], model(tokens[row : row + 1, place])[0])
+
+
+# ---- state
+
+
+def state_law(model, examples: int = 60):
+    """Parallel = chunked = step by step = any split of the cache = any padding: all equal each row alone, at once."""
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    @torch.no_grad()
+    def law(data):
+        rows, time = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 14))
+        pads = data.draw(st.none() | st.lists(st.integers(0, time - 1), min_size=rows, max_size=rows))
+        cuts = data.draw(st.just(range(1, time)) | st.sets(st.integers(1, time - 1)))
+        tokens = random_tokens(model, rows, time, seed=data.draw(st.integers(0, 99)))
+        chunked = in_chunks(model, tokens, sorted(cuts), None if pads is None else torch.tensor(pads))
+        for row in range(rows):
+            start = pads[row] if pads else 0
+            assert_close(chunked[row, start:], model(tokens[row : row + 1, start:])[0])
+
+    law()
+
+
+def in_chunks(model, tokens, cuts, padding=None) -> torch.Tensor:
+    """Hidden states of tokens given to a state in pieces that end at `cuts`."""
+    state, edges = model.new_state(len(tokens), tokens.shape[1]), [0, *cuts, tokens.shape[1]]
+    pieces = []
+    for start, end in pairwise(edges):
+        pieces.append(model(tokens[:, start:end], state=state, padding=None if start else padding))
+    assert state.length == tokens.shape[1]
+    return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+def rewind(model):
+    """A state that forgot its last tokens goes on as if it had never read them."""
+    tokens, wrong = random_tokens(model, 2, 12), random_tokens(model, 2, 4, seed=1)
+    padding = torch.tensor([0, 2])
+    state = model.new_state(2, 12)
+    model(tokens[:, :6], state=state, padding=padding)
+    model(wrong, state=state)
+    state.rewind(4)
+    assert state.length == 6
+    assert_close(model(tokens[:, 6:], state=state), model(tokens, padding=padding)[:, 6:])
+
+
+@torch.no_grad()
+def select(model):
+    """Rows of a state can be dropped, reordered and doubled, their padding with them."""
+    tokens, padding = random_tokens(model, 3, 12), torch.tensor([0, 3, 5])
+    rows = torch.tensor([2, 0, 2, 1])
+    state = model.new_state(3, 12)
+    model(tokens[:, :8], state=state, padding=padding)
+    state.select(rows)
+    expected = model(tokens[rows], padding=padding[rows])[:, 8:]
+    assert_close(model(tokens[rows, 8:], state=state), expected)
+
+
+@torch.no_grad()
+def fork(model):
+    """Copies of a row stand side by side and go their own ways."""
+    tokens, padding = random_tokens(model, 2, 6), torch.tensor([0, 2])
+    answers = random_tokens(model, 6, 4, seed=1)
+    state = model.new_state(2, 10)
+    model(tokens, state=state, padding=padding)
+    state.fork(3)
+    whole = torch.cat([tokens.repeat_interleave(3, dim=0), answers], dim=1)
+    expected = model(whole, padding=padding.repeat_interleave(3))[:, 6:]
+    assert_close(model(answers, state=state), expected)
+
+
+# ---- inspection
+
+
+@torch.no_grad()
+def looking_changes_nothing(model):
+    """Captured sites leave the logits bit for bit as they were; the attention pattern, which the fused kernel never forms,
+    leaves them equal to rounding. Nothing stays behind."""
+    tokens = random_tokens(model, 2, 9)
+    plain = model.logits(model(tokens))
+    patterns = {name for name in model.sites.names if name.endswith(".pattern")}
+    with model.sites.capture(set(model.sites.names) - patterns):
+        assert torch.equal(model.logits(model(tokens)), plain)
+    with model.sites.capture(model.sites.names) as seen:
+        assert_close(model.logits(model(tokens)), plain)
+    assert set(seen) == set(model.sites.names)
+    assert torch.equal(model.logits(model(tokens)), plain)
+
+
+@torch.no_grad()
+def the_stream_is_the_sum_of_its_parts(model):
+    """embed → pre, pre + mixer → mid, mid + feed-forward → post, through whatever norms the family puts around them."""
+    with model.sites.capture(model.sites.names) as seen:
+        model(random_tokens(model, 2, 9))
+    stream = seen["embed"]
+    for i, block in enumerate(model.layers):
+        assert torch.equal(seen[f"layers.{i}.residual.pre"], stream)
+        for branch, part, place in ((block.mixer, "mixer", "mid"), (block.feedforward, "mlp", "post")):
+            y = seen[f"layers.{i}.{part}.out"]
+            y = y if branch.post is None else branch.post(y)
+            stream = stream + y if branch.residual else y
+            stream = stream if branch.out is None else branch.out(stream)
+            assert_close(seen[f"layers.{i}.residual.{place}"], stream)
+            stream = seen[f"layers.{i}.residual.{place}"]
+    assert torch.equal(seen["final"], model.norm(stream))
+
+
+@torch.no_grad()
+def patching_everything_restores_everything(model):
+    """Any one cut through the stream, put back from a clean run, gives the clean output whatever the tokens were."""
+    clean, corrupt = random_tokens(model, 2, 9), random_tokens(model, 2, 9, seed=1)
+    with model.sites.capture(model.sites.names) as seen:
+        expected = model(clean)
+    assert not torch.allclose(model(corrupt), expected)
+    cuts = [["embed"], *([f"layers.{i}.residual.{at}"] for i in range(len(model.layers)) for at in ("pre", "mid", "post"))]
+    cuts.append(["embed", *(f"layers.{i}.{part}.out" for i in range(len(model.layers)) for part in ("mixer", "mlp"))])
+    for names in cuts:
+        with model.sites.edit({name: give(seen[name]) for name in names}):
+            assert_close(model(corrupt), expected)
+    last = len(model.layers) - 1
+    parts, out = [f"layers.{last}.mixer.{part}" for part in "qkv"], f"layers.{last}.mixer.out"
+    with model.sites.edit({name: give(seen[name]) for name in parts}), model.sites.capture([out]) as again:
+        model(corrupt)
+    assert_close(again[out], seen[out])
+
+
+def give(value: torch.Tensor):
+    return lambda _: value

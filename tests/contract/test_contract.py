@@ -1,0 +1,57 @@
+"""The contract matrix: every family of `headspring.models.families` keeps every identity, and every check can fail.
+
+A new family is one registration and no new line here. A new identity is one check and at least one planted bug.
+"""
+
+import pytest
+
+from headspring.models.families import FAMILIES
+from tests.contract import bugs, checks, training_checks
+from tests.models.conftest import randomise
+
+MATRIX = {
+    checks.shapes: [bugs.one_logit_short, bugs.half_precision_logits],
+    checks.causality: [bugs.sees_the_future],
+    checks.masked_is_removed: [bugs.padding_ignored, bugs.segments_ignored],
+    checks.one_row_is_many_rows: [bugs.rows_leak_into_each_other],
+    checks.left_padded_is_unpadded: [bugs.padding_ignored],
+    checks.packed_is_separate: [bugs.segments_ignored],
+    checks.state_law: [bugs.cache_off_by_one, bugs.padding_forgotten_after_prefill, bugs.padding_ignored],
+    checks.rewind: [bugs.rewind_leaves_one],
+    checks.select: [bugs.select_forgets_values, bugs.select_forgets_padding],
+    checks.fork: [bugs.copies_end_to_end],
+    checks.looking_changes_nothing: [bugs.looking_scales],
+    checks.the_stream_is_the_sum_of_its_parts: [bugs.stream_added_twice],
+    checks.patching_everything_restores_everything: [bugs.edits_dropped],
+    training_checks.overfits_one_batch: [bugs.blind_to_its_input],
+    training_checks.resume_is_bitwise: [bugs.optimizer_forgotten],
+    training_checks.accumulation_is_one_batch: [bugs.mean_of_means],
+    training_checks.loss_mask_is_respected: [bugs.mask_ignored],
+    training_checks.an_all_masked_batch_is_zero: [bugs.mean_over_nothing, bugs.mask_ignored],
+    training_checks.saved_and_loaded_is_bitwise: [bugs.saved_in_half_precision],
+    training_checks.exported_is_the_same_in_transformers: [bugs.exported_in_another_pairing],
+}
+CONTROLS = [(check, bug) for check, planted in MATRIX.items() for bug in planted]
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return randomise(FAMILIES[request.param]().build()).eval()
+
+
+@pytest.mark.parametrize("check", MATRIX, ids=lambda check: check.__name__)
+def test_identity(model, check):
+    check(model)
+
+
+@pytest.mark.parametrize(("check", "bug"), CONTROLS, ids=lambda function: function.__name__)
+def test_the_check_sees(model, check, bug):
+    with bug(model), pytest.raises(AssertionError):
+        check(model)
+
+
+def test_every_identity_has_a_control():
+    assert all(MATRIX.values())
+    planted = {bug for bugs_of_one in MATRIX.values() for bug in bugs_of_one}
+    defined = {value for name, value in vars(bugs).items() if getattr(value, "__module__", "") == bugs.__name__}
+    assert planted == defined

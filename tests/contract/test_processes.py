@@ -1,0 +1,59 @@
+"""1 process = 2 processes, for every family: one pair of processes computes the gradients of them all."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from headspring.models.families import FAMILIES
+from tests.contract.training_checks import assert_same_gradients, gradients
+from tests.models.conftest import randomise
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from headspring.models.families import FAMILIES
+from headspring.training import distributed
+from tests.contract.training_checks import gradients
+from tests.models.conftest import randomise
+torch.set_num_threads(1)
+distributed.start(torch.device("cpu"))
+found = {}
+for name, tiny in FAMILIES.items():
+    found |= {f"right/{name}/{key}": g for key, g in gradients(randomise(tiny().build())).items()}
+distributed.sum_gradients = lambda parameters: None  # the planted bug: each process keeps its share
+for name, tiny in FAMILIES.items():
+    found |= {f"wrong/{name}/{key}": g for key, g in gradients(randomise(tiny().build())).items()}
+save_file(found, Path(sys.argv[1]) / f"rank{distributed.rank()}.safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory):
+    """What each of two gloo processes holds, by "right/family/parameter"."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "worker.py").write_text(WORKER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", folder / "worker.py", folder]
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in (0, 1)]
+
+
+def of(tensors, kind, family):
+    prefix = f"{kind}/{family}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_process_is_two(family, of_two_processes):
+    alone = gradients(randomise(FAMILIES[family]().build()))
+    for tensors in of_two_processes:
+        assert_same_gradients(of(tensors, "right", family), alone)
+        with pytest.raises(AssertionError):
+            assert_same_gradients(of(tensors, "wrong", family), alone)

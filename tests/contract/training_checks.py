@@ -1,0 +1,176 @@
+"""The identities that training and formats must keep for every family. `check(model)`; see `checks`."""
+
+import signal
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from headspring.artifacts import UserError
+from headspring.data.batch import IGNORE, Batch, Sample, Visit
+from headspring.models import dialects, folder
+from headspring.training import loop
+from headspring.training.callbacks import Callback
+from headspring.training.config import TrainConfig
+from headspring.training.objective import NextToken
+from headspring.training.optimizers import AdamW, build_optimizers
+from headspring.training.schedule import WarmupStableDecay
+from tests.contract.checks import assert_close, random_tokens
+
+LENGTH = 12
+
+
+class Stream:
+    """Random rows that depend on their index alone; rows `distinct` apart are the same. Some targets carry no loss, and
+    rows carry different numbers of them, so that a mean of means is another number."""
+
+    sequence_length = LENGTH
+
+    def __init__(self, vocab: int, distinct: int = 1000):
+        self.vocab, self.distinct = vocab, distinct
+
+    def sample(self, index: int) -> Sample:
+        generator = np.random.default_rng(index % self.distinct)
+        tokens = generator.integers(0, self.vocab, LENGTH + 1)
+        targets = tokens[1:].copy()
+        targets[generator.random(LENGTH) < 0.15 * (index % 5)] = IGNORE
+        return Sample(tokens[:-1], targets, np.zeros(LENGTH, dtype=np.int32))
+
+    def where(self, document_id: str) -> list[Visit]:
+        return []
+
+
+def config(**changes) -> TrainConfig:
+    settings = {"steps": 6, "batch_size": 4, "precision": "fp32", "compile": "never", "checkpoint_every": 100}
+    return TrainConfig(**(settings | changes))
+
+
+class StopAt(Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step(self, run, record):
+        if run.step == self.step:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def overfits_one_batch(model):
+    """Four rows of random tokens can be learned by heart: nothing between input and loss is cut or lost."""
+    student = model.config.build(seed=1)
+    settings = config(steps=80, batch_size=4, optimizer=AdamW(learning_rate=0.02, weight_decay=0.0),
+                      schedule=WarmupStableDecay())  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        result = loop.train(student, NextToken(), Stream(model.config.vocab, distinct=4), settings, Path(place))
+    assert result.loss < 0.1, f"loss {result.loss:.3f} after {result.steps} steps on one batch"
+
+
+def resume_is_bitwise(model):
+    """A run that is stopped after three of six steps and goes on ends with the very same bits."""
+    stream = Stream(model.config.vocab)
+    whole, parts = model.config.build(seed=1), model.config.build(seed=1)
+    with tempfile.TemporaryDirectory() as place:
+        loop.train(whole, NextToken(), stream, config(), Path(place) / "whole")
+        with pytest.raises(loop.Interrupted):
+            loop.train(parts, NextToken(), stream, config(), Path(place) / "parts", [StopAt(3)])
+        parts = model.config.build(seed=2)  # whatever is not in the checkpoint is lost
+        loop.train(parts, NextToken(), stream, config(), Path(place) / "parts")
+    for (name, a), b in zip(whole.named_parameters(), parts.parameters()):
+        assert torch.equal(a, b), f"{name} differs"
+
+
+def gradients(model, **changes) -> dict[str, torch.Tensor]:
+    """The gradients of a run's first step, as the loop forms them here, in this process or group of processes."""
+    settings = config(batch_size=8, **changes)
+    optimizers = build_optimizers(model, settings.optimizer)
+    run = loop.Run(model, NextToken(), Stream(model.config.vocab), settings, optimizers, torch.device("cpu"))
+    loop._forward_backward(run)
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name in expected:
+        worst = float((found[name] - expected[name]).abs().max())
+        assert worst <= 1e-5 * scale, f"{name}: differs by {worst / scale:.1e} of the largest gradient"
+
+
+def accumulation_is_one_batch(model):
+    """Micro-batches of 1 and 3 give the gradient of the batch of 8."""
+    whole = gradients(model)
+    for size in (1, 3):
+        assert_same_gradients(gradients(model, micro_batch_size=size), whole)
+
+
+def batch_of(model, masked: bool = False) -> Batch:
+    tokens = random_tokens(model, 3, LENGTH + 1)
+    targets = tokens[:, 1:].clone()
+    targets[0, :7] = IGNORE
+    targets[2] = IGNORE
+    return Batch(tokens[:, :-1], torch.full_like(targets, IGNORE) if masked else targets)
+
+
+def loss_mask_is_respected(model):
+    """The summed loss is −Σ log softmax over the unmasked targets, here written out in float64."""
+    batch = batch_of(model)
+    objective = NextToken()
+    loss, _ = objective.loss(model, batch)
+    with torch.no_grad():
+        wide = model.logits(model(batch.inputs)).double().log_softmax(-1)
+    places = [(row, time) for row in range(3) for time in range(LENGTH) if batch.targets[row, time] != IGNORE]
+    expected = -sum(wide[row, time, batch.targets[row, time]] for row, time in places)
+    assert objective.count(batch) == len(places) == 5 + LENGTH
+    assert_close(loss.double(), expected)
+
+
+def an_all_masked_batch_is_zero(model):
+    """No trained token: loss 0, gradients 0, no NaN."""
+    model.zero_grad()
+    loss, _ = NextToken().loss(model, batch_of(model, masked=True))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.count_nonzero() == 0, name
+
+
+# ---- formats
+
+
+def refusal(model, place) -> str:
+    try:
+        dialects.export_huggingface(model, place)
+    except UserError as error:
+        return str(error)
+    return "exported what the format has no words for"
+
+
+@torch.no_grad()
+def saved_and_loaded_is_bitwise(model):
+    """Config, weights and hidden states come back from a folder as they were."""
+    with tempfile.TemporaryDirectory() as place:
+        folder.save_model(model, Path(place))
+        loaded = folder.load_model(Path(place))
+    assert loaded.config == model.config
+    for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    tokens = random_tokens(model, 2, 9)
+    assert torch.equal(loaded(tokens), model(tokens))
+
+
+@torch.no_grad()
+def exported_is_the_same_in_transformers(model):
+    """`transformers` gives the same logits and the way back the same bits; what it has no words for is refused."""
+    transformers = pytest.importorskip("transformers")
+    with tempfile.TemporaryDirectory() as place:
+        if dialects.expresses(model.config) is None:
+            assert "cannot express this model" in refusal(model, place)
+            return
+        dialects.export_huggingface(model, place)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(place, attn_implementation="eager")
+        back = dialects.import_huggingface(place)
+    tokens = random_tokens(model, 2, 9)
+    assert_close(theirs(tokens).logits, model.logits(model(tokens)))
+    for (name, a), b in zip(model.named_parameters(), back.parameters(), strict=True):
+        assert torch.equal(a, b), name
