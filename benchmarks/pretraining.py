@@ -5,7 +5,8 @@
 Every contender is a process of its own that trains for `--turn` steps when it is told to and then waits, so that they
 alternate (A B C D A B C D …) on the same machine in the same minutes. All see the same batches of the same tokens in the
 same order, in bf16 with the same threads. After every turn each measures its loss on the same held-out tokens (that time does
-not count). Reported: tokens/s as the median over turns with the spread, and the time each needs to reach the best peer's final loss.
+not count). Reported: tokens/s as the median over turns with the spread, and the time each needs to reach the best peer's
+final loss.
 
 Contenders: `headspring`; `reference` (GPT-2 block, AdamW, autocast, in the style of nanoGPT) and `reference-compiled`
 (the same under torch.compile); `trainer` (transformers.Trainer on the same architecture as ours, Qwen3) and

@@ -13,7 +13,7 @@ context − stride tokens before them. A smaller stride gives a lower figure for
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import log
 from typing import Any, Literal
@@ -99,16 +99,9 @@ def windows_of(row: int, num_targets: int, context: int, stride: int | None = No
         done = end
 
 
-@contextmanager
-def compute_dtype(model: Any, precision: Precision) -> Iterator[None]:
+def compute_dtype(model: Any, precision: Precision) -> AbstractContextManager[None]:
     """Activations in this precision inside the block; "auto" keeps the model's own."""
-    before = model.compute_dtype
-    if precision != "auto":
-        model.compute_dtype = DTYPES[precision]
-    try:
-        yield
-    finally:
-        model.compute_dtype = before
+    return nullcontext() if precision == "auto" else model.computing_in(DTYPES[precision])
 
 
 def continuation_log_probs(

@@ -8,6 +8,8 @@ tensor: `scoring` takes the head in chunks.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -127,6 +129,15 @@ class DecoderModule(PartModule):
     def output_weight(self) -> torch.Tensor:
         """The head's matrix (V, D)."""
         return self.embed.weight if self.head is None else self.head.weight
+
+    @contextmanager
+    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Activations in `dtype` inside the block."""
+        before, self.compute_dtype = self.compute_dtype, dtype
+        try:
+            yield
+        finally:
+            self.compute_dtype = before
 
     # ---- the forward pass
 

@@ -118,12 +118,11 @@ def reference_log_probs(model: Any, pairs: list[Pair], pad_id: int, precision: s
     rows = [(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
     values = np.zeros(len(rows), dtype=np.float32)
-    dtype, model.compute_dtype = model.compute_dtype, DTYPES[precision]
-    for start in track(range(0, len(order), batch_size), "reference log-probabilities"):
-        indices = order[start : start + batch_size]
-        inputs, targets = pad_rows([rows[row] for row in indices], pad_id)
-        values[indices] = answer_log_probs(model, inputs.to(model.device), targets.to(model.device)).cpu().numpy()
-    model.compute_dtype = dtype
+    with model.computing_in(DTYPES[precision]):
+        for start in track(range(0, len(order), batch_size), "reference log-probabilities"):
+            indices = order[start : start + batch_size]
+            inputs, targets = pad_rows([rows[row] for row in indices], pad_id)
+            values[indices] = answer_log_probs(model, inputs.to(model.device), targets.to(model.device)).cpu().numpy()
     return values.reshape(-1, 2)
 
 
@@ -143,6 +142,7 @@ def dpo(config: PreferenceConfig, model_folder: Path, data_folder: Path, folder:
     if not tasks or not held_out:
         raise UserError(f"no task's prompt fits into {length - config.max_answer_tokens} tokens; raise sequence_length")
     rule = _Rule(LanguageModel(model, tokenizer), held_out, config)
+    model.compute_dtype = DTYPES[config.precision]  # answers come from the precision that is trained
     before = rule.judge()
     pairs, report = _pairs(config, rule.lm, tasks, folder, seed)
     pad_id = tokenizer.pad_id or 0

@@ -230,8 +230,12 @@ def _clip(run: Run) -> float:
     if run.scaler:
         for optimizer in run.optimizers:
             run.scaler.unscale_(optimizer)
-    limit = run.config.gradient_clip or float("inf")
-    return float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit))
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    limit = run.config.gradient_clip
+    if limit is not None and not norm <= limit:  # also where the norm is NaN, which the guard reports
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return float(norm)
 
 
 def _update(run: Run) -> None:

@@ -110,15 +110,13 @@ def validation(model: DecoderModule, shards: TokenShards, length: int, config: P
 
     @torch.inference_mode()
     def measure() -> dict[str, float]:
-        dtype, model.compute_dtype = model.compute_dtype, DTYPES[config.precision]
         nats, count = 0.0, 0
-        for start in range(0, rows, config.batch_size):
-            indices = range(start, min(start + config.batch_size, rows))
-            batch = collate([data.sample(i) for i in indices], config.document_mask).to(model.device)
-            hidden = model(batch.inputs, segments=batch.segments)
-            nats += float(cross_entropy_sum(model, hidden, batch.targets))
-            count += int((batch.targets != IGNORE).sum())
-        model.compute_dtype = dtype
+        with model.computing_in(DTYPES[config.precision]):
+            for start in range(0, rows, config.batch_size):
+                indices = range(start, min(start + config.batch_size, rows))
+                batch = collate([data.sample(i) for i in indices], config.document_mask).to(model.device)
+                nats += float(cross_entropy_sum(model, model(batch.inputs, segments=batch.segments), batch.targets))
+                count += int((batch.targets != IGNORE).sum())
         loss = nats / count
         bits = loss / math.log(2) * tokens_per_byte
         return {"loss": loss, "perplexity": math.exp(min(loss, 80.0)), "bits_per_byte": bits}
