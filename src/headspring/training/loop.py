@@ -88,7 +88,6 @@ def train(
 
     Raises `Interrupted` after a signal, `Diverged` for NaN or a spike, `UserError` for a precision the device lacks.
     """
-    allocator.keep_freed_memory()
     device = pick_device(config.device)
     distributed.start(device)
     model.to(device)
@@ -103,7 +102,7 @@ def train(
     before = model.compute_dtype, model.checkpoint_activations
     model.compute_dtype, model.checkpoint_activations = DTYPES[config.precision], config.activation_checkpointing
     try:
-        with task(label, config.steps) as bar, _signals() as stop:
+        with allocator.keep_freed_memory(), task(label, config.steps) as bar, _signals() as stop:
             bar.advance(run.step)
             watchers = [sizes, *callbacks, ProgressBar(bar, label), Log(Path(folder) / "logs")]
             for callback in watchers:
