@@ -84,7 +84,7 @@ def gradients(model, **changes) -> dict[str, torch.Tensor]:
     """The gradients of a run's first step, as the loop forms them here, in this process or group of processes."""
     settings = config(batch_size=8, **changes)
     optimizers = build_optimizers(model, settings.optimizer)
-    run = loop.Run(model, NextToken(), Stream(model.config.vocab), settings, optimizers, torch.device("cpu"))
+    run = loop.Run(model, NextToken(), Stream(model.config.vocab), settings, optimizers, torch.device("cpu"), settings.steps)
     loop._forward_backward(run)
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 

@@ -99,3 +99,27 @@ def test_rotation_depends_on_distance_only():
 
     torch.testing.assert_close(product(7, 3), product(37, 33), atol=1e-4, rtol=1e-4)
     assert abs(product(7, 3) - product(7, 5)) > 1e-3
+
+
+@needs_compiler
+@pytest.mark.parametrize("queries_at_once", [512, 16, 7])
+def test_attention_has_the_gradients_of_the_plain_formula(monkeypatch, queries_at_once):
+    from headspring.models.attend import attend_plain
+
+    monkeypatch.setattr(kernels, "QUERIES_AT_ONCE", queries_at_once)
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 40, 16, dtype=torch.bfloat16) for _ in range(3)]
+    ours = outputs_and_gradients(kernels.causal_attention, inputs)
+    exact = outputs_and_gradients(lambda q, k, v: attend_plain(q, k, v, None, True)[0], [x.float() for x in inputs])
+    for a, b in zip(ours, exact):
+        assert relative_error(a, b) < 2e-2
+    unmasked = outputs_and_gradients(lambda q, k, v: attend_plain(q, k, v, None, False)[0], [x.float() for x in inputs])
+    assert relative_error(ours[2], unmasked[2]) > 0.1  # the control
+
+
+@needs_compiler
+def test_attention_scores_the_same_with_and_without_gradients():
+    q, k, v = (torch.randn(1, 2, 9, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        plain = kernels.causal_attention(q, k, v)
+    assert torch.equal(kernels.causal_attention(q, k, v), plain)

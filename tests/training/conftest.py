@@ -55,6 +55,6 @@ def gradients(model, stream, objective=None, **changes) -> dict[str, torch.Tenso
     """The gradients of the first step, as the loop forms them in this process or group of processes."""
     settings = config(**changes)
     optimizers = build_optimizers(model, settings.optimizer)
-    run = loop.Run(model, objective or NextToken(), stream, settings, optimizers, torch.device("cpu"))
+    run = loop.Run(model, objective or NextToken(), stream, settings, optimizers, torch.device("cpu"), settings.steps)
     loop._forward_backward(run)
     return {name: p.grad.clone() for name, p in model.named_parameters()}

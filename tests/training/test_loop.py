@@ -216,6 +216,16 @@ def test_listed_checkpoints_stay(build, stream, tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints") == [3, 10, 12]
 
 
+def test_a_budget_in_minutes_cuts_the_run_and_its_schedule(build, stream, tmp_path):
+    """A tenth of a step's time is affordable: the run ends right after the measurement, with the rate decayed."""
+    _, result = run(build, stream, tmp_path / "cut", steps=400, minutes=1e-6, schedule={"kind": "wsd", "warmup_steps": 2})
+    assert result.steps == 13
+    records = [json.loads(line) for line in (tmp_path / "cut/logs/metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["learning_rate_factor"] < 0.5
+    _, result = run(build, stream, tmp_path / "whole", steps=15, minutes=60)
+    assert result.steps == 15
+
+
 def test_validation_is_measured_and_logged(build, stream, tmp_path):
     run(build, stream, tmp_path, [Validation(lambda: {"loss": 1.5}, 5)])
     records = [json.loads(line) for line in (tmp_path / "logs/metrics.jsonl").read_text().splitlines()]

@@ -20,7 +20,7 @@ PLAIN_SECONDS = 10.0
 
 
 class Task:
-    """One piece of work with a known total (any unit). `advance(n)` and `describe(text)`."""
+    """One piece of work with a known total (any unit). `advance(n)`, `describe(text)`, `expect(total)`."""
 
     def __init__(self, description: str, total: float | None):
         self.description, self.total, self.done = description, total, 0.0
@@ -40,6 +40,9 @@ class Task:
     def describe(self, text: str) -> None:
         self.description = text
 
+    def expect(self, total: float) -> None:
+        self.total = total
+
 
 class _TerminalTask(Task):
     def __init__(self, progress: Progress, description: str, total: float | None):
@@ -51,6 +54,9 @@ class _TerminalTask(Task):
 
     def describe(self, text: str) -> None:
         self._progress.update(self._id, description=text)
+
+    def expect(self, total: float) -> None:
+        self._progress.update(self._id, total=total)
 
 
 @contextmanager

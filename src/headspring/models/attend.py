@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from headspring.models import kernels
+
 
 @dataclass(frozen=True)
 class Context:
@@ -60,6 +62,8 @@ def mask_and_positions(
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
     """softmax(q kᵀ / sqrt(C)) v. q (B, H, T, C), k and v (B, K, S, C) with H a multiple of K → (B, H, T, C)."""
     grouped = q.shape[1] != k.shape[1]
+    if causal and not grouped:
+        return kernels.causal_attention(q, k, v)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 

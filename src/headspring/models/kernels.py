@@ -10,10 +10,11 @@ between the two kernel sets, which is why `numerics_id()` names the one in use.
 import os
 
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from headspring.models import native
 
+QUERIES_AT_ONCE = 512
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -80,6 +81,17 @@ def rotate_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q kᵀ / sqrt(C)) v where each query sees the keys up to its own place. All (B, H, T, C), H alike.
+
+    The forward pass is torch's fused kernel on every path. Its backward pass on the CPU is slow; ours makes the scores of
+    a few hundred queries at a time again, as batched matrix products.
+    """
+    if use_native(q) and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.requires_grad:
+        return _CausalAttention.apply(q, k, v)
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, epsilon):
@@ -116,3 +128,31 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return built().rotate(gradient.contiguous(), *ctx.saved_tensors, inverse=True), None, None
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        ctx.save_for_backward(q, k, v, y, log_sums)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        q, k, v, y, log_sums = ctx.saved_tensors
+        batch, heads, time, channels = q.shape
+        flat = lambda x: x.reshape(batch * heads, time, -1)
+        deltas = flat((gradient * y).sum(-1, dtype=torch.float32)).squeeze(-1)
+        q, k, v, gradient, log_sums = (flat(x) for x in (q, k, v, gradient, log_sums))
+        log_sums = log_sums.squeeze(-1)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for start in range(0, time, QUERIES_AT_ONCE):
+            end = min(start + QUERIES_AT_ONCE, time)
+            queries, upstream = q[:, start:end], gradient[:, start:end]
+            pattern, inner = queries @ k[:, :end].mT, upstream @ v[:, :end].mT
+            rows = log_sums[:, start:end].contiguous(), deltas[:, start:end].contiguous()
+            built().causal_softmax_backward(pattern, inner, *rows, start, channels**-0.5)
+            grad_q[:, start:end] = inner @ k[:, :end]
+            grad_k[:, :end] += inner.mT @ queries
+            grad_v[:, :end] += pattern.mT @ upstream
+        return tuple(x.view(batch, heads, time, channels) for x in (grad_q, grad_k, grad_v))

@@ -110,6 +110,18 @@ class Library:
         self._call("rotate", x.dtype, x, cos, sin, y, batch, time, heads, channels, row_stride, int(inverse))
         return y
 
+    def causal_softmax_backward(
+        self,
+        scores: torch.Tensor,
+        gradients: torch.Tensor,
+        log_sums: torch.Tensor,
+        deltas: torch.Tensor,
+        offset: int,
+        scale: float,
+    ) -> None:
+        """In place on scores and gradients (N, R, S): see `native.cpp`. `log_sums` and `deltas` (N, R) float32."""
+        self._call("causal_softmax_backward", scores.dtype, scores, gradients, log_sums, deltas, *scores.shape, offset, scale)
+
     def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
         """−log softmax(logits)[target] (N,) float32; `logits` (N, V) becomes (softmax − one-hot) · scale in place."""
         losses = torch.empty(logits.shape[0], dtype=torch.float32)

@@ -162,7 +162,7 @@ def dpo(config: PreferenceConfig, model_folder: Path, data_folder: Path, folder:
         "steps": result.steps,
         "train_seconds": result.seconds,
         "loss": result.loss,
-        "epochs": samples / len(data.pairs),
+        "epochs": result.steps * config.batch_size / len(data.pairs),
         "objective": f"{config.loss} β={config.beta} nll={config.nll_weight}",
         "tasks": counts(tasks),
         "pairs": {**asdict(report), "dropped": data.dropped, "by_kind": counts(pairs)},

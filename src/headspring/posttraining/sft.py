@@ -67,6 +67,7 @@ def sft(config: SFTConfig, model_folder: Path, data_folder: Path, folder: Path, 
     measure = validation(model, held_out, config)
     before = measure()
     result = train(model, NextToken(), data, config, folder, [Validation(measure, config.validate_every)], "sft")
+    data.num_samples = result.steps * config.batch_size  # a budget in minutes may have cut the run
     after = measure()
     if distributed.rank() == 0:
         save_model(model, folder)

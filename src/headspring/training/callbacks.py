@@ -83,7 +83,7 @@ class Validation(Callback):
         self.measure, self.every = measure, every
 
     def on_step(self, run: "Run", record: dict[str, Any]) -> None:
-        if run.step % self.every == 0 or run.step == run.config.steps:
+        if run.step % self.every == 0 or run.step == run.steps:
             record["validation"] = self.measure()
 
 
@@ -122,6 +122,7 @@ class ProgressBar(Callback):
         if run.step % run.config.log_every == 0:
             speed = record["tokens_per_second"]
             self.task.describe(f"{self.label} · loss {record['loss']:.3f} · {speed:,.0f} tokens/s")
+        self.task.expect(run.steps)
         self.task.advance(1)
 
 

@@ -12,12 +12,15 @@ from headspring.training.schedule import Schedule, WarmupStableDecay
 class TrainConfig(Value):
     """One step trains on `batch_size` samples, over all processes, in pieces of `micro_batch_size` a process.
 
-    `precision` is the dtype of activations (parameters and optimizer stay float32); fp16 needs a GPU. `compile: auto` follows
-    the rule of `training.compilation`. A run stops as diverged when the loss is not finite, or exceeds the median of the last
-    50 steps by `spike` nats. `keep_steps` are checkpoints that stay, so that a branch can start from them.
+    `minutes` cuts the run, where the machine is slow, to the steps that fit into so much training at the speed of its first
+    steps; the schedule then ends there too. `precision` is the dtype of activations (parameters and optimizer stay float32);
+    fp16 needs a GPU. `compile: auto` follows the rule of `training.compilation`. A run stops as diverged when the loss is not
+    finite, or exceeds the median of the last 50 steps by `spike` nats. `keep_steps` are checkpoints that stay, so that a
+    branch can start from them.
     """
 
     steps: int = Field(400, gt=0)
+    minutes: float | None = Field(None, gt=0)
     batch_size: int = Field(16, gt=0)
     micro_batch_size: int | None = Field(None, gt=0)
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"

@@ -34,6 +34,7 @@ from headspring.training.optimizers import build_optimizers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_DECISION_STEP = 5
+BUDGET_STEP = 12  # by then the first, slow steps are past
 
 
 class Interrupted(HeadspringError):
@@ -50,8 +51,10 @@ class Run:
     config: TrainConfig
     optimizers: list[torch.optim.Optimizer]
     device: torch.device
+    steps: int
     step: int = 0
     seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
     compiled: bool | None = None
     losses: list[float] = field(default_factory=list)
     scaler: torch.amp.GradScaler | None = None
@@ -60,7 +63,8 @@ class Run:
     def scalars(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
         scaler = self.scaler.state_dict() if self.scaler else None
-        return {"seconds": self.seconds, "compiled": self.compiled, "losses": self.losses, "scaler": scaler}
+        settled = {"steps": self.steps, "compiled": self.compiled}  # what this run decided for itself
+        return {**settled, "seconds": self.seconds, "losses": self.losses, "scaler": scaler}
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def train(
     device = pick_device(config.device)
     distributed.start(device)
     model.to(device)
-    run = Run(model, objective, data, config, build_optimizers(model, config.optimizer), device)
+    run = Run(model, objective, data, config, build_optimizers(model, config.optimizer), device, config.steps)
     if config.precision == "fp16":
         if device.type != "cuda":
             raise UserError("precision fp16 needs a GPU (its loss scaling is not supported on CPU); use bf16 or fp32")
@@ -102,8 +106,9 @@ def train(
     before = model.compute_dtype, model.checkpoint_activations
     model.compute_dtype, model.checkpoint_activations = DTYPES[config.precision], config.activation_checkpointing
     try:
-        with allocator.keep_freed_memory(), task(label, config.steps) as bar, _signals() as stop:
+        with allocator.keep_freed_memory(), task(label, run.steps) as bar, _signals() as stop:
             bar.advance(run.step)
+            bar.expect(run.steps)
             watchers = [sizes, *callbacks, ProgressBar(bar, label), Log(Path(folder) / "logs")]
             for callback in watchers:
                 callback.on_start(run)
@@ -134,7 +139,7 @@ def _resume(run: Run, folder: Path) -> None:
     if found is None:
         return
     checkpoint.restore(found, run.model, run.optimizers)
-    run.step, run.seconds = found.step, found.scalars["seconds"]
+    run.step, run.steps, run.seconds = found.step, found.scalars["steps"], found.scalars["seconds"]
     run.compiled, run.losses = found.scalars["compiled"], list(found.scalars["losses"])
     if run.scaler and found.scalars["scaler"]:
         run.scaler.load_state_dict(found.scalars["scaler"])
@@ -149,12 +154,14 @@ def _steps(run: Run, folder: Path, watchers: Sequence[Callback], sizes: UpdateSi
     peak = matmul_flops(DTYPES[config.precision], run.device.type, torch.get_num_threads())
     tokens_per_step = config.batch_size * run.data.sequence_length
     flops_per_token = training_flops(run.model, run.data.sequence_length)
-    while run.step < config.steps:
+    while run.step < run.steps:
         started = time.perf_counter()
-        if run.compiled is None and run.step >= min(COMPILE_DECISION_STEP, config.steps - 1):
+        if run.compiled is None and run.step >= min(COMPILE_DECISION_STEP, run.steps - 1):
             _decide_compilation(run)
             started = time.perf_counter()
-        factor = config.schedule.factor(run.step, config.steps)
+        if run.step == BUDGET_STEP and config.minutes is not None:
+            run.steps = _affordable_steps(run, config.minutes)
+        factor = config.schedule.factor(run.step, run.steps)
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -166,6 +173,7 @@ def _steps(run: Run, folder: Path, watchers: Sequence[Callback], sizes: UpdateSi
         run.step += 1
         elapsed = time.perf_counter() - started
         run.seconds += elapsed
+        run.step_seconds.append(elapsed)
         speed = tokens_per_step / elapsed
         record = {"step": run.step, **metrics, "gradient_norm": gradient_norm, "learning_rate_factor": factor}
         record |= {"tokens": run.step * tokens_per_step, "tokens_per_second": speed, "seconds": run.seconds}
@@ -175,6 +183,13 @@ def _steps(run: Run, folder: Path, watchers: Sequence[Callback], sizes: UpdateSi
             callback.on_step(run, record)
         _save_if_due(run, folder, stop)
     return history
+
+
+def _affordable_steps(run: Run, minutes: float) -> int:
+    """How many steps fit into `minutes` at the median speed so far; the same on every process."""
+    usual = sorted(run.step_seconds)[len(run.step_seconds) // 2]
+    total = float(distributed.sum_across(torch.tensor(usual, dtype=torch.float64))) / distributed.world_size()
+    return max(run.step + 1, min(run.config.steps, int(minutes * 60 / total)))
 
 
 def training_flops(model: DecoderModule, sequence_length: int) -> float:
@@ -249,7 +264,7 @@ def _update(run: Run) -> None:
 
 def _decide_compilation(run: Run) -> None:
     wanted = run.config.compile
-    remaining = run.seconds / max(run.step, 1) * (run.config.steps - run.step)
+    remaining = run.seconds / max(run.step, 1) * (run.steps - run.step)
     if wanted == "always":
         compilation.compile_blocks(run.model)
         run.compiled = True
@@ -263,14 +278,14 @@ def _save_if_due(run: Run, folder: Path, stop: "_Stop") -> None:
     """Write a checkpoint where one is due, and raise `Interrupted` where a signal arrived at any process."""
     signalled = bool(distributed.sum_across(torch.tensor(float(stop.requested))) > 0)
     config = run.config
-    due = run.step % config.checkpoint_every == 0 or run.step in config.keep_steps or run.step == config.steps
+    due = run.step % config.checkpoint_every == 0 or run.step in config.keep_steps or run.step == run.steps
     if (due or signalled) and distributed.rank() == 0:
         snapshot = checkpoint.take(run.model, run.optimizers, run.step, run.scalars)
         checkpoint.write(snapshot, Path(folder) / "checkpoints")
         checkpoint.prune(Path(folder) / "checkpoints", config.keep_checkpoints, config.keep_steps)
-    if signalled and run.step < config.steps:
+    if signalled and run.step < run.steps:
         distributed.barrier()
-        raise Interrupted(f"saved at step {run.step} of {config.steps}; run the same command again to go on")
+        raise Interrupted(f"saved at step {run.step} of {run.steps}; run the same command again to go on")
 
 
 @dataclass
