@@ -26,7 +26,7 @@ from headspring.posttraining.rates import rate
 from headspring.text.chat import Message
 from headspring.text.documents import Document
 
-SAMPLES = ("import", "def main(", "class", "The")  # no space at the end: it would be half a token
+SAMPLES = ("def read_lines(path):", "class", "import", "The")  # no space at the end: it would be half a token
 QUESTIONS = ("def area(width, height=2):\n    return width * height\n\nWhich parameters does this function take?",)
 
 
@@ -35,9 +35,10 @@ class EvaluateConfig(Value):
 
     held_out: documents for bits per byte; `stride` in tokens (null: half a context). tasks: mined from the test split.
     sets: JSONL files of prompts and answers. completions: function headers for the parse rate. functions: held-out
-    functions with doctests to complete and run; execute: run those and doctest answers. samples are continued, questions
-    are answered as a chat. max_tokens: of one answer, completion or sample. precision: of the activations ("auto": the
-    model's own). unsafe_execution: run programs even where nothing isolates them."""
+    functions with doctests to complete and run; execute: run those and doctest answers. samples are continued at
+    temperature 0.7, as greedy text of a small model repeats itself; questions are answered greedily, as a chat.
+    max_tokens: of one answer, completion or sample. precision: of the activations ("auto": the model's own).
+    unsafe_execution: run programs even where nothing isolates them."""
 
     held_out: HeldOut | None = HeldOut()
     stride: int | None = Field(default=None, gt=0)
@@ -89,7 +90,7 @@ def measure(
             metrics |= _functions(lm, config, documents)
         answers = answer_tasks(lm, tasks, config.max_tokens, config.batch_size, config.batch_tokens)
         metrics |= _rates(answers) | _doctests(config, tasks, answers)
-        metrics |= _samples(lm, config)
+        metrics |= _samples(lm, config, seed)
     return metrics, answers
 
 
@@ -171,14 +172,14 @@ def _functions(lm: LanguageModel, config: EvaluateConfig, documents: Sequence[Do
     return {"function_pass_rate": rate(execution.functions_pass(functions, bodies, config.unsafe_execution))}
 
 
-def _samples(lm: LanguageModel, config: EvaluateConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"max_tokens": config.max_tokens, "temperature": 0.0, "progress": "samples"}
+def _samples(lm: LanguageModel, config: EvaluateConfig, seed: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"max_tokens": config.max_tokens, "progress": "samples"}
     found = []
     if config.samples:
-        texts = lm.generate(list(config.samples), **options)
+        texts = lm.generate(list(config.samples), temperature=0.7, top_p=0.95, seed=seed, **options)
         found += [{"prompt": prompt, "text": text.text} for prompt, text in zip(config.samples, texts)]
     if config.questions:
         prompts = [chat_prompt(lm, [Message(role="user", content=question)]) for question in config.questions]
-        texts = lm.generate(prompts, **options)
+        texts = lm.generate(prompts, temperature=0.0, **options)
         found += [{"prompt": question, "text": text.text} for question, text in zip(config.questions, texts)]
     return {"samples": found} if found else {}
