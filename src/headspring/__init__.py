@@ -10,9 +10,9 @@ Names are imported when they are first used, so that `import headspring` loads n
 import os
 from typing import TYPE_CHECKING, Any
 
-# Threads that wait should sleep, not spin: where anything else runs on the machine, a spinning thread keeps its partner off
-# the core, and a training step took 4 to 7 times as long (docs/LOG.md). Read by the OpenMP runtime when torch loads it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait spin for some 50 microseconds, then sleep. Left to itself, libgomp spins for milliseconds, which on a
+# machine with anything else to do keeps a thread's partner off the core (docs/LOG.md). Read when torch loads the library.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
     from headspring.artifacts import HeadspringError as HeadspringError
