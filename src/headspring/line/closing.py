@@ -67,14 +67,14 @@ def _change(verdict: Verdict | None) -> Text:
 
 
 def samples(view: RunView) -> list[Text]:
-    """What each evaluated model writes after the first and the last prompt that all were given: a text, and a question."""
+    """What each evaluated model writes: after the first prompt that all were given, and to the last one's last question."""
     told = [stage for stage in view.of_kind("evaluate") if stage.metrics.get("samples")]
     if not told:
         return []
     prompts = [[sample["prompt"] for sample in stage.metrics["samples"]] for stage in told]
     common = [one for one in prompts[-1] if all(one in others for others in prompts)] or prompts[-1][:1]
     lines = []
-    for prompt in dict.fromkeys((common[0], common[-1])):
+    for prompt in dict.fromkeys((common[0], prompts[-1][-1])):
         lines.append(Text(f"\nafter {_shortened(prompt)!r}, the model writes", "bold"))
         for stage in told:
             lines += [_sample(stage, sample["text"]) for sample in stage.metrics["samples"] if sample["prompt"] == prompt]

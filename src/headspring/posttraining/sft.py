@@ -75,12 +75,7 @@ def sft(config: SFTConfig, model_folder: Path, data_folder: Path, folder: Path, 
         write_tasks(tasks, folder)
     return {
         "parameters": model.num_parameters(),
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "flops": result.flops,
-        "train_seconds": result.seconds,
-        "tokens_per_second": result.tokens_per_second,
-        "loss": result.loss,
+        **result.metrics(),
         "validation_before": before,
         "validation_after": after,
         "tasks": counts(tasks),

@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,11 @@ class TrainResult:
     tokens: int
     tokens_per_second: float
     flops: float
+
+    def metrics(self) -> dict[str, float]:
+        """The figures as every trainer's manifest names them."""
+        names = {"seconds": "train_seconds"}
+        return {names.get(item.name, item.name): getattr(self, item.name) for item in fields(self)}
 
 
 def train(

@@ -88,12 +88,7 @@ def pretrain(
         tokenizer.save(folder)
     return {
         "parameters": model.num_parameters(),
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "flops": result.flops,
-        "train_seconds": result.seconds,
-        "tokens_per_second": result.tokens_per_second,
-        "loss": result.loss,
+        **result.metrics(),
         "validation_before": before,
         "validation_after": after,
         "compute_dtype": config.precision,
