@@ -10,7 +10,7 @@ Names are imported when they are first used, so that `import headspring` loads n
 import os
 from typing import TYPE_CHECKING, Any
 
-# Threads that wait spin for some 50 microseconds, then sleep. Left to itself, libgomp spins for milliseconds, which on a
+# Threads that wait spin briefly, then sleep. Left to itself, libgomp spins much longer, which on a
 # machine with anything else to do keeps a thread's partner off the core (docs/LOG.md). Read when torch loads the library.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from headspring.artifacts.errors import UserError
+from headspring.line.fingerprint import strings
 
 
 def evaluation_texts(files: Iterable[Path]) -> list[str]:
@@ -25,12 +25,4 @@ def _rows(file: Path) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{file}:{number}: not a line of JSON ({error.msg})") from error
-        yield "\n".join(_strings(row))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
+        yield "\n".join(strings(row))

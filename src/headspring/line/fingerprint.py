@@ -19,17 +19,18 @@ from headspring.artifacts.files import sha256_json
 
 def sources_fingerprint(config: Any) -> str:
     """SHA-256 over the state of every local file and the version of every installed package that `config` names."""
-    words = sorted(set(_strings(config.model_dump(mode="json"))))
+    words = sorted(set(strings(config.model_dump(mode="json"))))
     paths = sorted({path for word in words for path in files(word)})
     return sha256_json([sys.version, [_version(word) for word in words], [_state(path) for path in paths]])
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, keys left out."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
+            yield from strings(item)
 
 
 def files(text: str) -> Iterator[str]:

@@ -32,7 +32,7 @@ EMBEDDING_STD = 0.02
 class Decoder(Value):
     """`vocab` tokens, `width` channels, one value a layer. `context` is the longest sequence the model accepts.
 
-    `tied` uses the embedding matrix as the head. `embedding_scale` multiplies embeddings (1 unless the family says more).
+    `tied` uses the embedding matrix as the head.
     """
 
     kind: Literal["decoder"] = "decoder"

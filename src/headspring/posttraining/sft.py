@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field, model_validator
 
 from headspring.artifacts import UserError
-from headspring.data.batch import collate
 from headspring.data.conversations import PackedConversations
 from headspring.data.task_files import write_tasks
 from headspring.data.tasks import TaskConfig, counts
@@ -25,7 +23,7 @@ from headspring.training import distributed
 from headspring.training.callbacks import Validation
 from headspring.training.config import TrainConfig
 from headspring.training.loop import DTYPES, train
-from headspring.training.objective import NextToken
+from headspring.training.objective import NextToken, held_out_loss
 from headspring.training.optimizers import AdamW, OptimizerConfig
 
 
@@ -99,18 +97,9 @@ def row_length(wanted: int | None, model: Any) -> int:
 
 def validation(model: Any, data: PackedConversations, config: TrainConfig) -> Callable[[], dict[str, float]]:
     """A function that measures loss (nats a trained token) and perplexity over one epoch of `data`."""
-    objective = NextToken()
 
-    @torch.inference_mode()
     def measure() -> dict[str, float]:
-        dtype, model.compute_dtype = model.compute_dtype, DTYPES[config.precision]
-        nats, count = 0.0, 0
-        for start in range(0, len(data), config.batch_size):
-            indices = range(start, min(start + config.batch_size, len(data)))
-            batch = collate([data.sample(index) for index in indices], config.document_mask).to(model.device)
-            nats += float(objective.loss(model, batch)[0])
-            count += objective.count(batch)
-        model.compute_dtype = dtype
-        return {"loss": nats / count, "perplexity": math.exp(min(nats / count, 80.0))}
+        loss = held_out_loss(model, data, len(data), config.batch_size, DTYPES[config.precision], config.document_mask)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 80.0))}
 
     return measure

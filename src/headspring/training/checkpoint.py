@@ -6,7 +6,6 @@
 A checkpoint that fails its hash is named and passed over for the one before it. Never pickle.
 """
 
-import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,13 +118,3 @@ def prune(folder: Path, keep_last: int, keep_steps: tuple[int, ...]) -> None:
     for step in steps(folder)[:-keep_last]:
         if step not in keep_steps:
             shutil.rmtree(Path(folder) / f"step-{step:06d}", ignore_errors=True)
-
-
-def digest(snapshot: Snapshot) -> str:
-    """SHA-256 over all tensors: two runs are in the same state iff this is equal."""
-    hasher = hashlib.sha256()
-    for name in sorted(snapshot.tensors):
-        hasher.update(name.encode())
-        tensor = snapshot.tensors[name].detach().cpu().contiguous()
-        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from headspring.data.batch import IGNORE
+from headspring.data.batch import IGNORE, collate
 from headspring.models.decoder import DecoderModule
 from headspring.models.scoring import cross_entropy_sum
 
@@ -34,3 +34,16 @@ class NextToken:
     def loss(self, model: DecoderModule, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         hidden = model(batch.inputs, segments=batch.segments)
         return cross_entropy_sum(model, hidden, batch.targets), {}
+
+
+@torch.inference_mode()
+def held_out_loss(model: Any, data: Any, num_samples: int, batch_size: int, dtype: torch.dtype, document_mask: bool) -> float:
+    """Mean cross-entropy, nats a trained token, over samples 0 … num_samples − 1 of `data`, with activations in `dtype`."""
+    objective, nats, count = NextToken(), 0.0, 0
+    with model.computing_in(dtype):
+        for start in range(0, num_samples, batch_size):
+            indices = range(start, min(start + batch_size, num_samples))
+            batch = collate([data.sample(index) for index in indices], document_mask).to(model.device)
+            nats += float(objective.loss(model, batch)[0])
+            count += objective.count(batch)
+    return nats / count

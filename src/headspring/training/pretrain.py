@@ -9,20 +9,19 @@ from pydantic import Field
 
 from headspring.artifacts.errors import UserError
 from headspring.artifacts.value import Value
-from headspring.data.batch import IGNORE, Batch, collate
+from headspring.data.batch import Batch
 from headspring.data.mixture import Mixture
 from headspring.data.packing import PackedTokens
 from headspring.data.shards import TokenShards
 from headspring.models import Attention, Block, Decoder, RMSNorm, RoPE, SwiGLU, repeat, save_model
 from headspring.models.decoder import DecoderModule, hidden_size
-from headspring.models.scoring import cross_entropy_sum
 from headspring.tokenization.tokenizer import Tokenizer
 from headspring.training import distributed
 from headspring.training.callbacks import Validation
 from headspring.training.config import TrainConfig
 from headspring.training.loop import DTYPES, measured_seconds, train, training_flops
 from headspring.training.measure import matmul_flops
-from headspring.training.objective import NextToken
+from headspring.training.objective import NextToken, held_out_loss
 
 
 class Transformer(Value):
@@ -103,16 +102,8 @@ def validation(model: DecoderModule, shards: TokenShards, length: int, config: P
     predicted = shards.num_tokens("validation") - shards.num_documents("validation")  # bos is never a target
     tokens_per_byte = predicted / shards.bytes("validation")
 
-    @torch.inference_mode()
     def measure() -> dict[str, float]:
-        nats, count = 0.0, 0
-        with model.computing_in(DTYPES[config.precision]):
-            for start in range(0, rows, config.batch_size):
-                indices = range(start, min(start + config.batch_size, rows))
-                batch = collate([data.sample(i) for i in indices], config.document_mask).to(model.device)
-                nats += float(cross_entropy_sum(model, model(batch.inputs, segments=batch.segments), batch.targets))
-                count += int((batch.targets != IGNORE).sum())
-        loss = nats / count
+        loss = held_out_loss(model, data, rows, config.batch_size, DTYPES[config.precision], config.document_mask)
         bits = loss / math.log(2) * tokens_per_byte
         return {"loss": loss, "perplexity": math.exp(min(loss, 80.0)), "bits_per_byte": bits}
 
