@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from headspring.data.batch import IGNORE
 from headspring.models import dialects, folder, scoring
 from headspring.models.block import BranchModule
+from headspring.models.context import Context, Visibility
 from headspring.models.part import PartModule
 from headspring.models.state import KeyValueState, State
 from headspring.training import checkpoint
@@ -35,28 +36,28 @@ def half_precision_logits(model):
 @contextmanager
 def sees_the_future(model):
     """Also behind a mask: every key that is not masked for another reason is open."""
-    original = model._context
+    original = Context.visibility
 
-    def open_context(*arguments):
-        context = original(*arguments)
-        mask = None if context.mask is None else context.mask | context.mask.mT
-        return replace(context, mask=mask, causal=False)
+    def open_mask(self, mask):
+        seen = original(self, mask)
+        allowed = None if seen.allowed is None else seen.allowed | seen.allowed.mT
+        self.prepared[repr(mask)] = Visibility(allowed, causal=False)
 
-    with patch.object(model, "_context", open_context):
+    with patch.object(Context, "visibility", open_mask):
         yield
 
 
 @contextmanager
 def padding_ignored(model):
     original = model._context
-    with patch.object(model, "_context", lambda time, state, segments, padding: original(time, state, segments, None)):
+    with patch.object(model, "_context", lambda time, past, segments, padding: original(time, past, segments, None)):
         yield
 
 
 @contextmanager
 def segments_ignored(model):
     original = model._context
-    with patch.object(model, "_context", lambda time, state, segments, padding: original(time, state, None, padding)):
+    with patch.object(model, "_context", lambda time, past, segments, padding: original(time, past, None, padding)):
         yield
 
 
@@ -91,28 +92,27 @@ def cache_off_by_one(model):
 
 @contextmanager
 def padding_forgotten_after_prefill(model):
-    original = model._context
+    original = model._check_state
 
-    def forgetful(time, state, segments, padding):
-        context = original(time, state, segments, padding)
-        if state is not None:
-            state.padding = None
-        return context
+    def forgetful(state, *rest):
+        padding = original(state, *rest)
+        state.padding = None
+        return padding
 
-    with patch.object(model, "_context", forgetful):
+    with patch.object(model, "_check_state", forgetful):
         yield
 
 
 @contextmanager
 def rewind_leaves_one(model):
-    original = KeyValueState.rewind
+    original = KeyValueState.rewind_to
 
-    def rewind(self, tokens):
-        original(self, tokens)
+    def rewind_to(self, length):
+        original(self, length)
         self.keys[:, :, self.length - 1] = self.keys[:, :, self.length]
         self.values[:, :, self.length - 1] = self.values[:, :, self.length]
 
-    with patch.object(KeyValueState, "rewind", rewind):
+    with patch.object(KeyValueState, "rewind_to", rewind_to):
         yield
 
 
@@ -141,7 +141,7 @@ def select_forgets_padding(model):
 @contextmanager
 def copies_end_to_end(model):
     def fork(self, copies):
-        self.select(torch.arange(len(self.layers[0].keys)).repeat(copies))
+        self.select(torch.arange(self.batch).repeat(copies))
 
     with patch.object(State, "fork", fork):
         yield

@@ -15,7 +15,6 @@ from headspring.models import (
     LayerNorm,
     NoPE,
     RMSNorm,
-    SwiGLU,
     load_model,
     repeat,
     save_model,
@@ -54,8 +53,6 @@ def test_a_parameter_without_a_rule_is_refused(monkeypatch):
         ({"width": 0}, "greater than 0"),
         ({"layers": ()}, "at least 1"),
         ({"widht": 3}, "Extra inputs"),
-        ({"layers": (Block(mixer=Attention(position={"kind": "rope", "theta": 1.0}), feedforward=SwiGLU(hidden=8)),
-                     Block(mixer=Attention(), feedforward=SwiGLU(hidden=8)))}, "share one rotary"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_work_are_refused(change, message):

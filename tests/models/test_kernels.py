@@ -11,7 +11,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
 def operators(time: int = 5, channels: int = 24):
-    cos, sin = RoPE().tables(time, channels, torch.device("cpu"))
+    cos, sin = RoPE().angles(torch.arange(time)[None], channels)
     return {
         "rms_norm": (
             lambda x, w: kernels.rms_norm(x, w, 1e-6),
@@ -24,8 +24,8 @@ def operators(time: int = 5, channels: int = 24):
             lambda dtype: (8 * torch.randn(7, 33, dtype=dtype), torch.randn(7, 33, dtype=dtype)),
         ),
         "rotate": (
-            lambda x: kernels.rotate(x, cos[None], sin[None]),
-            lambda x: kernels.rotate_plain(x, cos[None], sin[None]),
+            lambda x: kernels.rotate(x, cos, sin),
+            lambda x: kernels.rotate_plain(x, cos, sin),
             lambda dtype: (torch.randn(2, time, 3, channels, dtype=dtype),),
         ),
     }
@@ -90,11 +90,11 @@ def test_without_a_compiler_the_plain_kernels_run(monkeypatch):
 
 def test_rotation_depends_on_distance_only():
     """q at m and k at n: the product is a function of m − n (arXiv 2104.09864, equation 11)."""
-    cos, sin = RoPE(theta=100.0).tables(40, 16, torch.device("cpu"))
+    cos, sin = RoPE(theta=100.0).angles(torch.arange(40)[None], 16)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def product(m: int, n: int) -> torch.Tensor:
-        place = lambda x, at: kernels.rotate(x, cos[None, at : at + 1], sin[None, at : at + 1])
+        place = lambda x, at: kernels.rotate(x, cos[:, at : at + 1], sin[:, at : at + 1])
         return (place(q, m) * place(k, n)).sum()
 
     torch.testing.assert_close(product(7, 3), product(37, 33), atol=1e-4, rtol=1e-4)

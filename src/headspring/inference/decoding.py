@@ -1,7 +1,8 @@
 """The one decode loop, behind generate, stream and chat: a batch of requests, a model, a state.
 
 Prompts of different lengths share a batch by padding on the left, so that the next token of every row lies in the same
-column: one forward over the prompts (prefill), then one forward a token. A row that has finished rides along until a
+column: one forward over the prompts (prefill), then one forward a token. A prompt that is asked several times is
+prefilled once, and its state copied to all of its rows. A row that has finished rides along until a
 quarter of the batch is idle; then the others are copied together (`state.select`). Dropping each row at once would copy
 the whole state for every answer that ends; never dropping would run at the length of the longest answer.
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from headspring.artifacts import HeadspringError
 from headspring.inference.generation import Request
 from headspring.inference.sampling import RowParams, most_likely, sample
-from headspring.models.decoder import DecoderModule
+from headspring.models.model import ModelModule
 from headspring.tokenization.tokenizer import Tokenizer
 
 IDLE_SHARE = 0.25  # of a batch's rows, at which finished ones are dropped
@@ -32,7 +33,7 @@ def in_batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Re
 
 
 @torch.inference_mode()
-def decode(model: DecoderModule, requests: Sequence[Request], tokenizer: Tokenizer) -> Iterator[int]:
+def decode(model: ModelModule, requests: Sequence[Request], tokenizer: Tokenizer) -> Iterator[int]:
     """Run a batch to its end, filling the requests in place; after each token yields how many have finished.
 
     Raises `HeadspringError` where the model gives NaN."""
@@ -43,16 +44,21 @@ def decode(model: DecoderModule, requests: Sequence[Request], tokenizer: Tokeniz
         live = unfinished
 
 
-def _decode_until_full(model: DecoderModule, live: list[Request], tokenizer: Tokenizer) -> Iterator[list[Request]]:
+def _decode_until_full(model: ModelModule, live: list[Request], tokenizer: Tokenizer) -> Iterator[list[Request]]:
     """Decode until all have finished or the state's last column is taken; after each token yields the unfinished.
 
     Padding can fill the columns of a short row before its own context ends. The caller then starts it again, from its
     prompt and answer so far, with less padding: one more prefill, and no row's answer depends on its neighbours."""
     rows = _Rows(live, model, tokenizer)
-    tokens, padding = pad_left([request.prompt + request.token_ids for request in live], tokenizer.pad_id or 0)
-    state = model.new_state(len(live), tokens.shape[1] + max(request.remaining for request in live) - 1)
+    prompts, copies = distinct([request.prompt + request.token_ids for request in live])
+    tokens, padding = pad_left(prompts, tokenizer.pad_id or 0)
+    state = model.new_state(len(prompts), tokens.shape[1] + max(request.remaining for request in live) - 1)
     padding = None if padding is None else padding.to(model.device)
     hidden = model(tokens.to(model.device), state=state, padding=padding)[:, -1]
+    if len(prompts) < len(live):
+        copies = copies.to(model.device)
+        state.select(copies)
+        hidden = hidden[copies]
     while True:
         ids = rows.step(model.logits(hidden))
         kept = [row for row, request in enumerate(rows.requests) if request.finish_reason is None]
@@ -66,6 +72,13 @@ def _decode_until_full(model: DecoderModule, live: list[Request], tokenizer: Tok
         hidden = model(ids[:, None], state=state)[:, -1]
 
 
+def distinct(prompts: Sequence[list[int]]) -> tuple[list[list[int]], Tensor]:
+    """The different ones among B prompts, in order of their first place, and which of them each is, (B,) int64."""
+    numbers: dict[tuple[int, ...], int] = {}
+    which = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    return [list(prompt) for prompt in numbers], torch.tensor(which)
+
+
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:
     """Rows (B, T) int64 that end together, and how many pads each begins with, (B,); None where no row has any."""
     longest = max(map(len, prompts))
@@ -77,7 +90,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 class _Rows:
     """The rows of the running batch: whose they are, and what sampling needs to know about them as tensors."""
 
-    def __init__(self, requests: list[Request], model: DecoderModule, tokenizer: Tokenizer):
+    def __init__(self, requests: list[Request], model: ModelModule, tokenizer: Tokenizer):
         self.requests, self.device, self.vocab = requests, model.device, model.config.vocab
         params = [request.params for request in requests]
         self.params = RowParams.of(params, self.vocab, self.device)

@@ -1,25 +1,30 @@
-"""Multi-head causal attention with grouped key–value heads (arXiv 2305.13245) and optional QK-norm (arXiv 2010.04245)."""
+"""Multi-head attention with grouped key–value heads (arXiv 2305.13245) and optional QK-norm (arXiv 2010.04245).
 
-from typing import Annotated, Literal
+Where its heads look is a `mask`, how they know the order a `position`; both are values with files of their own.
+"""
+
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 
-from headspring.artifacts.value import Value
 from headspring.models import kernels
-from headspring.models.attend import Context, attend, attend_plain
-from headspring.models.norm import RMSNorm, RMSNormModule
-from headspring.models.part import Cost, Linear, PartModule
-from headspring.models.position import NoPE, RoPE
-from headspring.models.state import KeyValueState
+from headspring.models.attend import attend, pattern, weigh
+from headspring.models.context import Context
+from headspring.models.mask import Causal, Mask
+from headspring.models.mixer import Mixer, MixerModule
+from headspring.models.norm import Norm, NormModule, RMSNorm
+from headspring.models.part import Cost, Linear
+from headspring.models.position import Position, RoPE
+from headspring.models.state import KeyValueState, LayerState
 
-Position = Annotated[RoPE | NoPE, Field(discriminator="kind")]
 
-
-class Attention(Value):
+class Attention(Mixer):
     """`heads` query heads share `kv_heads` keys and values (default: as many). `head_dim` defaults to width / heads.
 
-    `qk_norm` normalises each head's query and key before the rotation. `bias` puts biases on q, k and v.
+    `qk_norm` normalises each head's query and key before the rotation. `bias` puts biases on q, k and v, `out_bias` on the
+    output. `scale` multiplies the scores (default 1 / sqrt(head_dim)); `softcap` bounds them, as softcap · tanh(s / softcap)
+    (arXiv 2408.00118).
     """
 
     kind: Literal["attention"] = "attention"
@@ -27,8 +32,12 @@ class Attention(Value):
     kv_heads: int | None = Field(None, gt=0)
     head_dim: int | None = Field(None, gt=0)
     position: Position = RoPE()
-    qk_norm: RMSNorm | None = RMSNorm()
+    mask: Mask = Causal()
+    qk_norm: Norm | None = RMSNorm()
     bias: bool = False
+    out_bias: bool = False
+    scale: float | None = Field(None, gt=0)
+    softcap: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Attention":
@@ -42,8 +51,10 @@ class Attention(Value):
         return AttentionModule(self, width)
 
 
-class AttentionModule(PartModule):
+class AttentionModule(MixerModule):
     """x (B, T, D) → (B, T, D)."""
+
+    site_names = ("q", "k", "v", "pattern", "heads", "out")
 
     def __init__(self, value: Attention, width: int):
         super().__init__()
@@ -57,11 +68,18 @@ class AttentionModule(PartModule):
         self.q = Linear(width, self.heads * self.channels, bias=value.bias)
         self.k = Linear(width, self.kv_heads * self.channels, bias=value.bias)
         self.v = Linear(width, self.kv_heads * self.channels, bias=value.bias)
-        self.out = Linear(self.heads * self.channels, width, std=0.0)
-        self.q_norm: RMSNormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
-        self.k_norm: RMSNormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
+        self.out = Linear(self.heads * self.channels, width, bias=value.out_bias, std=0.0)
+        self.q_norm: NormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
+        self.k_norm: NormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
+        self._mask_key, self._rotary_key = repr(value.mask), f"{value.position!r} {self.channels}"
 
-    def forward(self, x: torch.Tensor, context: Context, state: KeyValueState | None = None) -> torch.Tensor:
+    def prepare(self, context: Context) -> None:
+        context.visibility(self.value.mask)
+        if isinstance(self.value.position, RoPE):
+            position = self.value.position
+            context.once(self._rotary_key, lambda: position.angles(context.positions, self.channels))
+
+    def forward(self, x: torch.Tensor, context: Context, state: LayerState | None = None) -> torch.Tensor:
         batch, time, _ = x.shape
         q = self.q(x).view(batch, time, self.heads, self.channels)
         k = self.k(x).view(batch, time, self.kv_heads, self.channels)
@@ -70,34 +88,37 @@ class AttentionModule(PartModule):
         q, k, v = self.site("q", q), self.site("k", k), self.site("v", v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if state is not None:
+            assert isinstance(state, KeyValueState)
             k, v = state.append(k, v)
         y = self._attend(q, k, v, context).transpose(1, 2)
         y = self.site("heads", y)  # (B, T, H, C)
         return self.site("out", self.out(y.reshape(batch, time, -1)))
 
-    def _place(self, x: torch.Tensor, norm: RMSNormModule | None, context: Context) -> torch.Tensor:
+    def _place(self, x: torch.Tensor, norm: NormModule | None, context: Context) -> torch.Tensor:
         """Normalise and rotate (B, T, H, C)."""
         if norm is not None:
             x = norm(x)
-        if isinstance(self.value.position, NoPE):
+        if not isinstance(self.value.position, RoPE):
             return x
-        return kernels.rotate(x, context.cos, context.sin)
+        return kernels.rotate(x, *context.prepared[self._rotary_key])
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:
-        if not self.shows_pattern:
-            return attend(q, k, v, context.mask, context.causal)
-        _, pattern = attend_plain(q, k, v, context.mask, context.causal)
-        pattern = self.site("pattern", pattern)  # (B, H, T, S) float32
-        return pattern.to(v.dtype) @ v.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        visible = context.prepared[self._mask_key]
+        if not self.shows_pattern and self.value.softcap is None:
+            return attend(q, k, v, visible, scale=self.value.scale)
+        made = pattern(q, k, visible, scale=self.value.scale, softcap=self.value.softcap)
+        return weigh(self.site("pattern", made), v)
 
     def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> KeyValueState:
+        if not self.value.mask.causal:
+            raise ValueError("attention that sees later tokens cannot read them one by one: it has no state")
         return KeyValueState(batch, self.kv_heads, capacity, self.channels, dtype, device)
 
     def cost(self, name: str, context_length: int) -> Cost:
-        """Scores and values count the causal half: a query sees (context_length + 1) / 2 keys on average."""
-        keys = (context_length + 1) / 2
-        pattern = Cost("pattern", 0, 4.0 * self.heads * self.channels * keys, 2.0 * self.heads * self.channels)
-        parts = [self.q.cost("q"), self.k.cost("k"), self.v.cost("v"), pattern, self.out.cost("out")]
+        """Scores and values count the keys that a query sees on average: half the context under a causal mask."""
+        keys = self.value.mask.keys_seen(context_length)
+        scores = Cost("pattern", 0, 4.0 * self.heads * self.channels * keys, 2.0 * self.heads * self.channels)
+        parts = [self.q.cost("q"), self.k.cost("k"), self.v.cost("v"), scores, self.out.cost("out")]
         if self.q_norm is not None and self.k_norm is not None:
             for label, norm, heads in (("q_norm", self.q_norm, self.heads), ("k_norm", self.k_norm, self.kv_heads)):
                 one = norm.cost(label)
@@ -106,5 +127,6 @@ class AttentionModule(PartModule):
         if isinstance(self.value.position, RoPE):
             rotated = (self.heads + self.kv_heads) * self.channels
             parts.append(Cost("rotate", 0, 3.0 * rotated))
-        parts.append(Cost("cache", state_bytes=2.0 * 2 * self.kv_heads * self.channels))
+        if self.value.mask.causal:
+            parts.append(Cost("cache", state_bytes=2.0 * 2 * self.kv_heads * self.channels))
         return Cost.sum(name, tuple(parts), f"{self.heads} heads of {self.channels}, {self.kv_heads} key–value")

@@ -1,55 +1,76 @@
 """A block is a sequence of residual branches; where its norms stand is three optional slots around each.
 
-    x ← out(x + post(f(pre(x))))
+    x ← out(skip · x + post(f(pre(x))))
 
 Pre-norm fills the first slot, post-norm the last, a sandwich the first two. A branch without `residual` replaces x.
+A `parallel` block adds branches that all read the same x (arXiv 2204.06745); its own `pre` is a norm they share.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from headspring.artifacts.value import Value
-from headspring.models.attend import Context
-from headspring.models.attention import Attention, AttentionModule
-from headspring.models.feedforward import MLP, SwiGLU
-from headspring.models.norm import LayerNorm, RMSNorm
+from headspring.models.context import Context
+from headspring.models.feedforward import FeedForward, FeedForwardModule
+from headspring.models.mixer import Mixer, MixerModule
+from headspring.models.norm import Norm, RMSNorm
 from headspring.models.part import Cost, PartModule
-from headspring.models.state import KeyValueState
-
-Norm = Annotated[RMSNorm | LayerNorm, Field(discriminator="kind")]
-Mixer = Annotated[Attention, Field()]
-FeedForward = Annotated[SwiGLU | MLP, Field(discriminator="kind")]
+from headspring.models.state import LayerState
 
 
 class Branch(Value):
-    """One residual branch around `f` (a mixer or a feed-forward)."""
+    """One residual branch around `f`. `skip` multiplies the stream that passes it (DeepNorm's alpha, arXiv 2203.00555)."""
 
     kind: Literal["branch"] = "branch"
-    f: Annotated[Attention | SwiGLU | MLP, Field(discriminator="kind")]
+    f: Mixer | FeedForward
     pre: Norm | None = RMSNorm()
     post: Norm | None = None
     out: Norm | None = None
     residual: bool = True
+    skip: float = Field(1.0, gt=0)
+
+    @field_validator("f", mode="before")
+    @classmethod
+    def _by_kind(cls, value: object) -> object:
+        """A mapping goes to the family that knows its kind, so that an error speaks of that part alone."""
+        if isinstance(value, dict):
+            family = FeedForward if value.get("kind") in FeedForward.kinds else Mixer
+            return family.choose(value)
+        return value
 
 
 class Block(Value):
-    """Two branches: what mixes tokens, and what works on each token. A bare `Attention(...)` means a pre-norm branch."""
+    """What mixes tokens, and what works on each token (which a state-space block may lack). A bare `Attention(...)` means a
+    pre-norm branch."""
 
     kind: Literal["block"] = "block"
     mixer: Branch
-    feedforward: Branch
+    feedforward: Branch | None = None
+    parallel: bool = False
+    pre: Norm | None = None
 
     @field_validator("mixer", "feedforward", mode="before")
     @classmethod
     def _wrap(cls, value: object) -> object:
-        if isinstance(value, Branch):
+        if isinstance(value, Branch) or value is None:
             return value
         if isinstance(value, dict):
             return value if value.get("kind", "branch") == "branch" and "f" in value else {"f": value}
         return Branch(f=value)
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> "Block":
+        if not isinstance(self.mixer.f, Mixer):
+            raise ValueError(f"the mixer of a block cannot be of kind {self.mixer.f.kind!r}, which works on each token alone")
+        if self.feedforward is not None and not isinstance(self.feedforward.f, FeedForward):
+            raise ValueError(f"the feedforward of a block cannot be of kind {self.feedforward.f.kind!r}, which mixes tokens")
+        if self.pre is not None and not self.parallel:
+            raise ValueError("a norm shared by the branches (pre) needs parallel: true")
+        return self
 
     def build(self, width: int) -> "BlockModule":
         return BlockModule(self, width)
@@ -60,25 +81,39 @@ def repeat(count: int, block: Block) -> tuple[Block, ...]:
     return (block,) * count
 
 
+def pattern(letters: str, **blocks: Block) -> tuple[Block, ...]:
+    """One block a letter: `pattern("MMA", M=Block(Mamba()), A=Block(Attention(), SwiGLU(96)))`."""
+    unknown = sorted(set(letters) - set(blocks))
+    if unknown or not letters:
+        raise ValueError(f"pattern {letters!r} uses {unknown or 'nothing'}, and the blocks are named {sorted(blocks)}")
+    return tuple(blocks[letter] for letter in letters)
+
+
 class BranchModule(nn.Module):
     """The slots of a branch, as modules; `combine` is the formula of this file."""
 
     def __init__(self, value: Branch, width: int):
         super().__init__()
-        self.f = value.f.build(width)
+        self.f: MixerModule | FeedForwardModule = value.f.build(width)
         self.pre = value.pre.build(width) if value.pre else None
         self.post = value.post.build(width) if value.post else None
         self.out = value.out.build(width) if value.out else None
-        self.residual = value.residual
+        self.residual, self.skip = value.residual, value.skip
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """What `f` sees of the stream."""
+        return x if self.pre is None else self.pre(x)
 
     def combine(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The stream after `f` gave `y`."""
         if self.post is not None:
             y = self.post(y)
-        x = x + y if self.residual else y
-        return x if self.out is None else self.out(x)
+        if self.residual:
+            y = (x if self.skip == 1.0 else self.skip * x) + y
+        return y if self.out is None else self.out(y)
 
     def cost(self, name: str, context_length: int) -> Cost:
-        main = self.f.cost(name, context_length) if isinstance(self.f, AttentionModule) else self.f.cost(name)
+        main = self.f.cost(name, context_length) if isinstance(self.f, MixerModule) else self.f.cost(name)
         slots = (("pre", self.pre), ("post", self.post), ("out", self.out))
         norms = tuple(slot.cost(f"{name}.{label}") for label, slot in slots if slot is not None)
         return Cost.sum(name, (*main.children, *norms), main.shape)
@@ -89,18 +124,45 @@ class BlockModule(PartModule):
 
     def __init__(self, value: Block, width: int):
         super().__init__()
+        self.parallel = value.parallel
+        self.pre = value.pre.build(width) if value.pre else None
         self.mixer = BranchModule(value.mixer, width)
-        self.feedforward = BranchModule(value.feedforward, width)
+        self.feedforward = BranchModule(value.feedforward, width) if value.feedforward else None
 
-    def forward(self, x: torch.Tensor, context: Context, state: KeyValueState | None = None) -> torch.Tensor:
+    @property
+    def mixes(self) -> MixerModule:
+        """The mixer, without the slots around it."""
+        assert isinstance(self.mixer.f, MixerModule)
+        return self.mixer.f
+
+    def forward(self, x: torch.Tensor, context: Context, state: LayerState | None = None) -> torch.Tensor:
         x = self.site("residual.pre", x)
-        branch = self.mixer
-        x = branch.combine(x, branch.f(x if branch.pre is None else branch.pre(x), context, state))
-        x = self.site("residual.mid", x)
-        branch = self.feedforward
-        x = branch.combine(x, branch.f(x if branch.pre is None else branch.pre(x)))
-        return self.site("residual.post", x)
+        read = x if self.pre is None else self.pre(x)
+        mixed = self.mixes(self.mixer.read(read), context, state)
+        middle = self.site("residual.mid", self.mixer.combine(x, mixed))
+        if self.feedforward is not None:
+            read = read if self.parallel else middle
+            middle = self.feedforward.combine(middle, self.feedforward.f(self.feedforward.read(read)))
+        return self.site("residual.post", middle)
+
+    def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerState:
+        """An empty memory for `batch` rows of up to `capacity` tokens."""
+        return self.mixes.new_state(batch, capacity, dtype, device)
+
+    def owners(self, name: str) -> Iterator[tuple[str, PartModule, tuple[str, ...]]]:
+        """The modules that have sites: prefix, module, names."""
+        yield name, self, ("residual.pre", "residual.mid", "residual.post")
+        yield f"{name}.mixer", self.mixes, self.mixes.site_names
+        if self.feedforward is not None:
+            yield f"{name}.mlp", self.feedforward.f, self.feedforward.f.site_names
+
+    def prepare(self, context: Context) -> None:
+        self.mixes.prepare(context)
 
     def cost(self, name: str, context_length: int) -> Cost:
-        mixer = self.mixer.cost("mixer", context_length)
-        return Cost.sum(name, (mixer, self.feedforward.cost("mlp", context_length)))
+        parts = [self.mixer.cost("mixer", context_length)]
+        if self.feedforward is not None:
+            parts.append(self.feedforward.cost("mlp", context_length))
+        if self.pre is not None:
+            parts.append(self.pre.cost("pre"))
+        return Cost.sum(name, tuple(parts))

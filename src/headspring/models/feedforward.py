@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch.nn.functional import gelu, relu
 
-from headspring.artifacts.value import Value
+from headspring.artifacts.value import Variant
 from headspring.models import kernels
 from headspring.models.part import Cost, Linear, PartModule
 
@@ -17,7 +17,23 @@ ACTIVATIONS = {
 }
 
 
-class SwiGLU(Value):
+class FeedForward(Variant):
+    """The value of a part that works on each token alone."""
+
+    def build(self, width: int) -> "FeedForwardModule":
+        raise NotImplementedError
+
+
+class FeedForwardModule(PartModule):
+    """x (B, T, D) → (B, T, D). `site_names` are those of its activations that can be seen and edited."""
+
+    site_names: tuple[str, ...] = ("gate", "act", "out")
+
+    def cost(self, name: str) -> Cost:
+        raise NotImplementedError
+
+
+class SwiGLU(FeedForward):
     """out(silu(gate x) ⊙ (up x)) with `hidden` channels."""
 
     kind: Literal["swiglu"] = "swiglu"
@@ -27,7 +43,7 @@ class SwiGLU(Value):
         return SwiGLUModule(self, width)
 
 
-class MLP(Value):
+class MLP(FeedForward):
     """out(activation(up x)) with `hidden` channels."""
 
     kind: Literal["mlp"] = "mlp"
@@ -39,7 +55,7 @@ class MLP(Value):
         return MLPModule(self, width)
 
 
-class SwiGLUModule(PartModule):
+class SwiGLUModule(FeedForwardModule):
     """x (B, T, D) → (B, T, D)."""
 
     def __init__(self, value: SwiGLU, width: int):
@@ -59,7 +75,7 @@ class SwiGLUModule(PartModule):
         return Cost.sum(name, parts, f"{hidden} channels")
 
 
-class MLPModule(PartModule):
+class MLPModule(FeedForwardModule):
     """x (B, T, D) → (B, T, D)."""
 
     def __init__(self, value: MLP, width: int):

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save
 
 from headspring.artifacts.errors import CorruptArtifact, UserError
 from headspring.artifacts.files import read_json, write_atomic, write_json
-from headspring.models.decoder import Decoder, DecoderModule
+from headspring.models.model import Model, ModelModule
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = "headspring"
 
 
-def save_model(model: DecoderModule, folder: Path) -> None:
+def save_model(model: ModelModule, folder: Path) -> None:
     """Write config and weights, atomically. The config records the hash of the weights."""
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -35,7 +35,7 @@ def is_native(folder: Path) -> bool:
         return False
 
 
-def load_model(folder: Path, device: str | torch.device = "cpu") -> DecoderModule:
+def load_model(folder: Path, device: str | torch.device = "cpu") -> ModelModule:
     """The model of a folder, parameters in the dtype they were saved in.
 
     Raises `UserError` where there is none, `CorruptArtifact` where weights and config do not belong together.
@@ -45,10 +45,10 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> DecoderModul
         raise UserError(f"{folder}: no Headspring model here ({CONFIG} with format {FORMAT!r} is missing)")
     description = read_json(folder / CONFIG)
     try:
-        config = Decoder.model_validate(description["model"])
+        config = Model.choose(description["model"])
     except (KeyError, ValidationError) as error:
         raise CorruptArtifact(f"{folder / CONFIG}: not a model description ({json.dumps(str(error))[:120]})") from error
-    model = DecoderModule(config)
+    model = config.module()
     try:
         content_hash = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
         tensors = load_file(folder / WEIGHTS)

@@ -9,12 +9,26 @@ from typing import Literal
 import torch
 from torch import nn
 
-from headspring.artifacts.value import Value
+from headspring.artifacts.value import Variant
 from headspring.models import kernels
 from headspring.models.part import Cost, ParameterRule, PartModule, constant
 
 
-class RMSNorm(Value):
+class Norm(Variant):
+    """The value of a normalisation over the last dimension."""
+
+    def build(self, width: int) -> "NormModule":
+        raise NotImplementedError
+
+
+class NormModule(PartModule):
+    """x (…, D) → (…, D)."""
+
+    def cost(self, name: str) -> Cost:
+        raise NotImplementedError
+
+
+class RMSNorm(Norm):
     """y = x / sqrt(mean(x²) + epsilon) · gain."""
 
     kind: Literal["rms_norm"] = "rms_norm"
@@ -24,7 +38,7 @@ class RMSNorm(Value):
         return RMSNormModule(width, self.epsilon)
 
 
-class LayerNorm(Value):
+class LayerNorm(Norm):
     """y = (x − mean(x)) / sqrt(var(x) + epsilon) · gain + bias."""
 
     kind: Literal["layer_norm"] = "layer_norm"
@@ -35,7 +49,7 @@ class LayerNorm(Value):
         return LayerNormModule(width, self.epsilon, self.bias)
 
 
-class RMSNormModule(PartModule):
+class RMSNormModule(NormModule):
     """RMSNorm over the last dimension."""
 
     def __init__(self, width: int, epsilon: float):
@@ -54,7 +68,7 @@ class RMSNormModule(PartModule):
         return Cost(name, width, 4.0 * width, 2.0 * width, 0.0, f"{width}")
 
 
-class LayerNormModule(PartModule):
+class LayerNormModule(NormModule):
     """LayerNorm over the last dimension."""
 
     def __init__(self, width: int, epsilon: float, bias: bool):

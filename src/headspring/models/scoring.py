@@ -19,10 +19,18 @@ CHUNK = 1024
 
 
 class HasHead(Protocol):
-    """A model, as far as scoring is concerned: the matrix (V, D) that turns hidden states into logits."""
+    """A model, as far as scoring is concerned: how hidden states become logits (see `ModelModule`)."""
 
     @property
     def output_weight(self) -> torch.Tensor: ...
+
+    @property
+    def output_bias(self) -> torch.Tensor | None: ...
+
+    @property
+    def softcap(self) -> float | None: ...
+
+    def head_input(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
 
 def cross_entropy_sum(model: HasHead, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -31,13 +39,13 @@ def cross_entropy_sum(model: HasHead, hidden: torch.Tensor, targets: torch.Tenso
     hidden (..., D), targets (...) int64. No target at all gives 0, with zero gradients.
     """
     rows, kept = _kept(hidden, targets)
-    return _CrossEntropySum.apply(rows, model.output_weight, kept)
+    return _CrossEntropySum.apply(model.head_input(rows), model.output_weight, model.output_bias, model.softcap, kept)
 
 
 def log_probs(model: HasHead, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log p(target) in nats, (...) float32; 0 where the target is IGNORE. hidden (..., D), targets (...) int64."""
     rows, kept = _kept(hidden, targets)
-    values = _LogProbs.apply(rows, model.output_weight, kept)
+    values = _LogProbs.apply(model.head_input(rows), model.output_weight, model.output_bias, model.softcap, kept)
     return torch.zeros(targets.shape, device=hidden.device).masked_scatter(targets != IGNORE, values)
 
 
@@ -46,6 +54,42 @@ def _kept(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     keep = flat != IGNORE
     return (rows, flat) if bool(keep.all()) else (rows[keep], flat[keep])
+
+
+class _Head:
+    """The head in the dtype of the rows, and the gradients that are summed for it over chunks."""
+
+    def __init__(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None):
+        self.weight = weight.to(rows.dtype)
+        self.bias = None if bias is None else bias.to(rows.dtype)
+        self.softcap = softcap
+        self.grad_weight: torch.Tensor | None = None
+        self.grad_bias: torch.Tensor | None = None
+
+    def losses(self, rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """−log p (N,) float32 of a chunk of rows (N, D), and its gradient (N, V) in what the matrix gives."""
+        logits = rows @ self.weight.T if self.bias is None else torch.addmm(self.bias, rows, self.weight.T)
+        if self.softcap is None:
+            return _losses_and_gradient(logits, targets)
+        bounded = torch.tanh(logits.float() / self.softcap)
+        slope = 1.0 - bounded.square()
+        losses, gradient = _losses_and_gradient((self.softcap * bounded).to(rows.dtype), targets)
+        return losses, gradient * slope.to(gradient.dtype)
+
+    def add(self, gradient: torch.Tensor, rows: torch.Tensor) -> None:
+        """Sum the head's own gradients, in float32."""
+        weight = gradient.T @ rows
+        self.grad_weight = weight.float() if self.grad_weight is None else self.grad_weight.add_(weight)
+        if self.bias is not None:
+            bias = gradient.sum(0, dtype=torch.float32)
+            self.grad_bias = bias if self.grad_bias is None else self.grad_bias.add_(bias)
+
+    def gradients(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What was summed, in the dtypes of the parameters."""
+        for_weight = torch.zeros_like(weight) if self.grad_weight is None else self.grad_weight.to(weight.dtype)
+        if bias is None:
+            return for_weight, None
+        return for_weight, torch.zeros_like(bias) if self.grad_bias is None else self.grad_bias.to(bias.dtype)
 
 
 def _losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,52 +107,47 @@ def _losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[t
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, targets):
+    def forward(ctx, rows, weight, bias, softcap, targets):
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        narrow = weight.to(rows.dtype)
-        if not any(ctx.needs_input_grad[:2]):
-            for start in range(0, len(rows), CHUNK):
-                logits = rows[start : start + CHUNK] @ narrow.T
-                total += _losses_and_gradient(logits, targets[start : start + CHUNK])[0].sum()
-            return total
-        grad_rows = torch.empty_like(rows)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        head, learns = _Head(rows, weight, bias, softcap), any(ctx.needs_input_grad)
+        grad_rows = torch.empty_like(rows) if learns else None
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
-            losses, gradient = _losses_and_gradient(chunk @ narrow.T, targets[start : start + CHUNK])
+            losses, gradient = head.losses(chunk, targets[start : start + CHUNK])
             total += losses.sum()
-            grad_rows[start : start + CHUNK] = gradient @ narrow
-            grad_weight += gradient.T @ chunk
-        ctx.save_for_backward(grad_rows, grad_weight.to(weight.dtype))
+            if grad_rows is not None:
+                grad_rows[start : start + CHUNK] = gradient @ head.weight
+                head.add(gradient, chunk)
+        if learns:
+            ctx.save_for_backward(grad_rows, *head.gradients(weight, bias))
         return total
 
     @staticmethod
     def backward(ctx, gradient):
-        grad_rows, grad_weight = ctx.saved_tensors
-        return grad_rows * gradient.to(grad_rows.dtype), grad_weight * gradient.to(grad_weight.dtype), None
+        scaled = (None if saved is None else saved * gradient.to(saved.dtype) for saved in ctx.saved_tensors)
+        return *scaled, None, None
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, targets):
-        narrow = weight.to(rows.dtype)
+    def forward(ctx, rows, weight, bias, softcap, targets):
+        head = _Head(rows, weight, bias, softcap)
         values = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         for start in range(0, len(rows), CHUNK):
-            logits = rows[start : start + CHUNK] @ narrow.T
-            values[start : start + CHUNK] = -_losses_and_gradient(logits, targets[start : start + CHUNK])[0]
-        ctx.save_for_backward(rows, weight, targets)
+            values[start : start + CHUNK] = -head.losses(rows[start : start + CHUNK], targets[start : start + CHUNK])[0]
+        ctx.save_for_backward(rows, weight, bias, targets)
+        ctx.softcap = softcap
         return values
 
     @staticmethod
     def backward(ctx, gradient):
-        rows, weight, targets = ctx.saved_tensors
-        narrow = weight.to(rows.dtype)
+        rows, weight, bias, targets = ctx.saved_tensors
+        head = _Head(rows, weight, bias, ctx.softcap)
         grad_rows = torch.empty_like(rows)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
-            _, per_row = _losses_and_gradient(chunk @ narrow.T, targets[start : start + CHUNK])
+            _, per_row = head.losses(chunk, targets[start : start + CHUNK])
             per_row = per_row * -gradient[start : start + CHUNK, None].to(per_row.dtype)
-            grad_rows[start : start + CHUNK] = per_row @ narrow
-            grad_weight += per_row.T @ chunk
-        return grad_rows, grad_weight.to(weight.dtype), None
+            grad_rows[start : start + CHUNK] = per_row @ head.weight
+            head.add(per_row, chunk)
+        return grad_rows, *head.gradients(weight, bias), None, None

@@ -1,18 +1,61 @@
-"""What a mixer remembers between calls, behind one interface: append, select, fork, rewind, bytes.
+"""What a model remembers between calls, behind one interface: append, select, fork, rewind, bytes.
 
-The first implementation is a dense key–value cache: one buffer a layer, (B, K, capacity, C). Recurrent mixers will keep a
-snapshot instead and pages will replace the buffer; the callers do not change.
+A layer's state is either *indexed* by token (keys and values: forgetting a token is shortening a buffer) or *folded* (a
+recurrent mixer's: each call replaces it, and what was before can only be gone back to where a copy was kept).
+`State.rewind` hides the difference: it returns every layer to the last kept copy and reads the tokens in between again
+with the next call.
+
+Dense buffers come first; pages will replace the buffer, and the callers do not change.
 """
+
+from typing import Protocol
 
 import torch
 
+SNAPSHOTS = 4  # calls back that a folded state can return to
+
+
+class LayerState(Protocol):
+    """The memory of one layer, for all rows."""
+
+    @property
+    def length(self) -> int:
+        """Tokens read by each row, padding included."""
+        ...
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep the given rows (int64), in the given order. A row may appear more than once."""
+        ...
+
+    def last_boundary(self, length: int) -> int:
+        """The longest prefix of at most `length` tokens that `rewind_to` can return to."""
+        ...
+
+    def rewind_to(self, length: int) -> None:
+        """Forget everything after the first `length` tokens."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, in bytes, copies not counted."""
+        ...
+
 
 class KeyValueState:
-    """Keys and values of one attention layer for up to `capacity` tokens a row."""
+    """Keys and values of one attention layer for up to `capacity` tokens a row, (B, K, capacity, C) each."""
 
-    def __init__(self, batch: int, kv_heads: int, capacity: int, channels: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        channels: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        value_channels: int | None = None,
+    ):
         self.keys = torch.zeros(batch, kv_heads, capacity, channels, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        self.values = torch.zeros(batch, kv_heads, capacity, value_channels or channels, dtype=dtype, device=device)
         self.length = 0
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +68,6 @@ class KeyValueState:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep the given rows, in the given order. A row may appear more than once."""
         self.keys, self.values = self._pick(self.keys, rows), self._pick(self.values, rows)
 
     def _pick(self, buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -34,14 +76,52 @@ class KeyValueState:
         picked[:, :, : self.length] = buffer[rows, :, : self.length]
         return picked
 
-    def rewind(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens of every row."""
-        assert 0 <= tokens <= self.length
-        self.length -= tokens
+    def last_boundary(self, length: int) -> int:
+        return length
+
+    def rewind_to(self, length: int) -> None:
+        self.length = length
 
     @property
     def bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return sum(buffer.numel() * buffer.element_size() for buffer in (self.keys, self.values))
+
+
+class RecurrentState:
+    """Named tensors of fixed size, (B, …) each, that every call replaces; the last few are kept to go back to."""
+
+    def __init__(self, **tensors: torch.Tensor):
+        self.tensors = tensors
+        self.length = 0
+        self._kept: list[tuple[int, dict[str, torch.Tensor]]] = []
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def replace(self, tokens: int, **tensors: torch.Tensor) -> None:
+        """The memory after `tokens` more tokens. Tensors are replaced, never written into."""
+        assert tensors.keys() == self.tensors.keys()
+        self._kept = [*self._kept, (self.length, self.tensors)][-SNAPSHOTS:]
+        self.tensors = {name: value.to(self.tensors[name].dtype) for name, value in tensors.items()}
+        self.length += tokens
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.tensors = {name: value[rows] for name, value in self.tensors.items()}
+        self._kept = [(length, {name: value[rows] for name, value in kept.items()}) for length, kept in self._kept]
+
+    def last_boundary(self, length: int) -> int:
+        kept = [at for at, _ in [*self._kept, (self.length, self.tensors)] if at <= length]
+        assert kept, f"cannot go back to {length} tokens: only the last {SNAPSHOTS} calls are kept"
+        return max(kept)
+
+    def rewind_to(self, length: int) -> None:
+        while self.length > length:
+            self.length, self.tensors = self._kept.pop()
+        assert self.length == length
+
+    @property
+    def bytes(self) -> int:
+        return sum(value.numel() * value.element_size() for value in self.tensors.values())
 
 
 class State:
@@ -50,34 +130,53 @@ class State:
     All rows have the same number of stored tokens; rows of different lengths are padded on the left.
     """
 
-    def __init__(self, layers: list[KeyValueState], capacity: int):
+    def __init__(self, layers: list[LayerState], batch: int, capacity: int, device: torch.device):
         self.layers = layers
         self.capacity = capacity
         self.padding: torch.Tensor | None = None  # (B,) int64
+        self.tokens = torch.zeros(batch, 0, dtype=torch.int64, device=device)  # all that were read, (B, length)
+        self.pending = 0  # tokens at the end of `tokens` that the layers must read again
 
     @property
     def length(self) -> int:
         """Tokens stored in each row, padding included."""
-        return self.layers[0].length
+        return self.tokens.shape[1]
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Note (B, T) new tokens; returns what the layers have to read: those that a rewind left over come first."""
+        assert self.length + tokens.shape[1] <= self.capacity, f"{self.length} + {tokens.shape[1]} > {self.capacity} tokens"
+        self.tokens = torch.cat([self.tokens, tokens], dim=1)
+        unread, self.pending = tokens.shape[1] + self.pending, 0
+        return self.tokens[:, self.length - unread :]
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep the given rows (int64 indices), in the given order."""
         for layer in self.layers:
             layer.select(rows)
+        self.tokens = self.tokens[rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
 
     def fork(self, copies: int) -> None:
         """Repeat every row `copies` times, copies side by side."""
-        batch = self.layers[0].keys.shape[0]
-        self.select(torch.arange(batch, device=self.layers[0].keys.device).repeat_interleave(copies))
+        self.select(torch.arange(self.batch, device=self.tokens.device).repeat_interleave(copies))
 
     def rewind(self, tokens: int) -> None:
         """Forget the last `tokens` tokens of every row."""
+        assert 0 <= tokens <= self.length
+        kept = self.length - tokens
+        boundary = kept
+        while any(layer.last_boundary(boundary) != boundary for layer in self.layers):
+            boundary = min(layer.last_boundary(boundary) for layer in self.layers)
         for layer in self.layers:
-            layer.rewind(tokens)
+            layer.rewind_to(min(boundary, layer.length))
+        self.tokens, self.pending = self.tokens[:, :kept], kept - boundary
 
     @property
     def bytes(self) -> int:
-        """Memory held, in bytes."""
+        """Memory held by the layers, in bytes."""
         return sum(layer.bytes for layer in self.layers)

@@ -14,7 +14,7 @@ import torch
 
 from headspring.artifacts.errors import HeadspringError
 from headspring.artifacts.progress import Task
-from headspring.models.decoder import DecoderModule
+from headspring.models.model import ModelModule
 from headspring.training import distributed
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Guard:
     def __init__(self, spike: float, losses: list[float]):
         self.spike, self.losses = spike, losses
 
-    def check(self, model: DecoderModule, step: int, loss: float, gradient_norm: float) -> None:
+    def check(self, model: ModelModule, step: int, loss: float, gradient_norm: float) -> None:
         """Raise `Diverged` for a loss or gradient that is not finite, and for a loss spike."""
         finite = loss == loss and abs(loss) != float("inf") and gradient_norm == gradient_norm
         if not finite or gradient_norm == float("inf"):
@@ -58,7 +58,7 @@ class Guard:
         del self.losses[:-50]
 
 
-def first_not_finite(model: DecoderModule) -> str:
+def first_not_finite(model: ModelModule) -> str:
     """Names the first parameter, else the first gradient, that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -69,7 +69,7 @@ def first_not_finite(model: DecoderModule) -> str:
     return "parameters and gradients are finite, the loss itself overflowed"
 
 
-def largest_gradient(model: DecoderModule) -> tuple[str, float]:
+def largest_gradient(model: ModelModule) -> tuple[str, float]:
     """The parameter with the largest gradient norm, and that norm."""
     norms = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
     name = max(norms, key=lambda key: norms[key])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from headspring.artifacts.errors import CorruptArtifact
 from headspring.artifacts.files import folder_atomic, read_json, sha256_file, write_json
-from headspring.models.decoder import DecoderModule
+from headspring.models.model import ModelModule
 
 TENSORS, DESCRIPTION = "state.safetensors", "state.json"
 
@@ -30,7 +30,7 @@ class Snapshot:
     scalars: dict[str, Any]
 
 
-def take(model: DecoderModule, optimizers: list[torch.optim.Optimizer], step: int, scalars: dict[str, Any]) -> Snapshot:
+def take(model: ModelModule, optimizers: list[torch.optim.Optimizer], step: int, scalars: dict[str, Any]) -> Snapshot:
     """Collect tensors by name: `model/…`, `optimizer/<parameter>/<slot>`, `generator`."""
     tensors = {f"model/{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -42,7 +42,7 @@ def take(model: DecoderModule, optimizers: list[torch.optim.Optimizer], step: in
     return Snapshot(step, tensors, scalars)
 
 
-def restore(snapshot: Snapshot, model: DecoderModule, optimizers: list[torch.optim.Optimizer]) -> None:
+def restore(snapshot: Snapshot, model: ModelModule, optimizers: list[torch.optim.Optimizer]) -> None:
     """Put a snapshot's tensors back where `take` found them."""
     prefix = "model/"
     weights = {name[len(prefix) :]: tensor for name, tensor in snapshot.tensors.items() if name.startswith(prefix)}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from headspring.models.decoder import DecoderModule
+from headspring.models.model import ModelModule
 
 EXPECTED_SECONDS = 60.0
 EXPECTED_GAIN = 0.10
@@ -26,19 +26,19 @@ def worth_trying(remaining_seconds: float) -> bool:
     return bool(has_compiler) and remaining_seconds * EXPECTED_GAIN > EXPECTED_SECONDS
 
 
-def compile_blocks(model: DecoderModule) -> None:
+def compile_blocks(model: ModelModule) -> None:
     """Compile every block in place, forward and backward."""
-    for block in model.layers:
+    for block in model.blocks():
         block.compile(dynamic=False)
 
 
-def undo(model: DecoderModule) -> None:
+def undo(model: ModelModule) -> None:
     """Run every block eagerly again."""
-    for block in model.layers:
+    for block in model.blocks():
         block._compiled_call_impl = None
 
 
-def faster_compiled(model: DecoderModule, work: Callable[[], Any]) -> bool:
+def faster_compiled(model: ModelModule, work: Callable[[], Any]) -> bool:
     """Time `work` (forward and backward of one batch) both ways; leave the model in the faster one. True: compiled."""
     eager = _best_time(work)
     compile_blocks(model)

@@ -24,7 +24,7 @@ import torch
 from headspring.artifacts.errors import HeadspringError, UserError
 from headspring.artifacts.progress import task
 from headspring.data.batch import SampleSource, collate
-from headspring.models.decoder import DecoderModule
+from headspring.models.model import ModelModule
 from headspring.training import allocator, checkpoint, compilation, distributed
 from headspring.training.callbacks import Callback, Guard, Log, ProgressBar, UpdateSize
 from headspring.training.config import TrainConfig
@@ -45,7 +45,7 @@ class Interrupted(HeadspringError):
 class Run:
     """The state of a run, as callbacks see it."""
 
-    model: DecoderModule
+    model: ModelModule
     objective: Objective
     data: SampleSource
     config: TrainConfig
@@ -85,7 +85,7 @@ class TrainResult:
 
 
 def train(
-    model: DecoderModule,
+    model: ModelModule,
     objective: Objective,
     data: SampleSource,
     config: TrainConfig,
@@ -197,12 +197,12 @@ def _affordable_steps(run: Run, minutes: float) -> int:
     return max(run.step + 1, min(run.config.steps, int(minutes * 60 / total)))
 
 
-def training_flops(model: DecoderModule, sequence_length: int) -> float:
+def training_flops(model: ModelModule, sequence_length: int) -> float:
     """FLOPs per token of forward and backward: three times the forward, causal attention counted as such."""
     return 3.0 * model.ledger(sequence_length).flops
 
 
-def measured_seconds(model: DecoderModule, objective: Objective, batch: Any, precision: str, repeats: int = 3) -> float:
+def measured_seconds(model: ModelModule, objective: Objective, batch: Any, precision: str, repeats: int = 3) -> float:
     """Seconds of a forward and backward pass over `batch`, the best of `repeats`. The model is left as it was."""
     before, model.compute_dtype = model.compute_dtype, DTYPES[precision]
     best = float("inf")

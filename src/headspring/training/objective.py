@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from headspring.data.batch import IGNORE, collate
-from headspring.models.decoder import DecoderModule
+from headspring.models.model import ModelModule
 from headspring.models.scoring import cross_entropy_sum
 
 
@@ -20,7 +20,7 @@ class Objective(Protocol):
         """What the loss of `batch` is averaged over: trained tokens, or pairs."""
         ...
 
-    def loss(self, model: DecoderModule, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, model: ModelModule, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The summed loss (scalar, nats) and further summed metrics; the loop divides all of them by the count."""
         ...
 
@@ -31,7 +31,7 @@ class NextToken:
     def count(self, batch: Any) -> int:
         return int((batch.targets != IGNORE).sum())
 
-    def loss(self, model: DecoderModule, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, model: ModelModule, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         hidden = model(batch.inputs, segments=batch.segments)
         return cross_entropy_sum(model, hidden, batch.targets), {}
 

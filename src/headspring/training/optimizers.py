@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from headspring.artifacts.value import Value
-from headspring.models.decoder import DecoderModule
+from headspring.models.model import ModelModule
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -51,7 +51,7 @@ class Muon(Value):
 OptimizerConfig = Annotated[AdamW | Muon, Field(discriminator="kind")]
 
 
-def build_optimizers(model: DecoderModule, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: ModelModule, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Optimizers that together hold every trainable parameter exactly once."""
     groups: dict[str, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -81,7 +81,7 @@ def _adamw(groups: Iterable[tuple[list[nn.Parameter], float, float]], betas, eps
     return torch.optim.AdamW(settings, betas=betas, eps=epsilon, fused=True)
 
 
-def _assert_complete(model: DecoderModule, optimizers: list[torch.optim.Optimizer]) -> None:
+def _assert_complete(model: ModelModule, optimizers: list[torch.optim.Optimizer]) -> None:
     held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     wanted = {id(p) for p in model.parameters() if p.requires_grad}
     assert len(held) == len(set(held)) and set(held) == wanted, "the optimizers' parameters are not the model's"

@@ -1,30 +1,12 @@
-"""The families of models that the house is built for, each a tiny `Decoder` registered once.
-
-`tests/contract/` runs its whole matrix on every entry: a new family is one function here and no new test code. The
-numbers are small and odd on purpose, because sizes that are all powers of two and all equal hide transposed matrices.
-"""
-
-from collections.abc import Callable
+"""Decoder-only Transformers: the default, the Llama line, and what no Llama has."""
 
 from headspring.models.attention import Attention
 from headspring.models.block import Block, Branch, repeat
 from headspring.models.decoder import Decoder
+from headspring.models.families.registry import family
 from headspring.models.feedforward import MLP, SwiGLU
 from headspring.models.norm import LayerNorm, RMSNorm
 from headspring.models.position import NoPE, RoPE
-
-FAMILIES: dict[str, Callable[[], Decoder]] = {}
-
-
-def family(name: str) -> Callable[[Callable[[], Decoder]], Callable[[], Decoder]]:
-    """Register the decorated function, which gives a tiny decoder of the family, under `name`."""
-
-    def register(tiny: Callable[[], Decoder]) -> Callable[[], Decoder]:
-        assert name not in FAMILIES, f"two families named {name!r}"
-        FAMILIES[name] = tiny
-        return tiny
-
-    return register
 
 
 @family("transformer")

@@ -1,0 +1,43 @@
+"""Mixers: the parts of a block that move information between tokens. Attention, LSTM, Mamba and delta nets are one thing here.
+
+    mixer(x (B, T, D), context, state) → y (B, T, D)
+
+A mixer is a value (`Attention(heads=4)`) that builds a module. With a `state` the tokens follow those that the state holds,
+and the state is brought up to date. What several layers need is worked out in `prepare`, once for a forward pass. To add
+one: a new file with a value that derives from `Mixer` and a module that derives from `MixerModule`, and an entry in
+`families.py`, from which it inherits every test of the contract.
+"""
+
+import torch
+
+from headspring.artifacts.value import Variant
+from headspring.models.context import Context
+from headspring.models.part import Cost, PartModule
+from headspring.models.state import LayerState
+
+
+class Mixer(Variant):
+    """The value of a mixer."""
+
+    def build(self, width: int) -> "MixerModule":
+        raise NotImplementedError
+
+
+class MixerModule(PartModule):
+    """x (B, T, D) → (B, T, D). `site_names` are those of its activations that can be seen and edited; `out` is the last."""
+
+    site_names: tuple[str, ...] = ("out",)
+
+    def prepare(self, context: Context) -> None:
+        """Put what this mixer needs of the context into it, unless another layer has done so."""
+
+    def forward(self, x: torch.Tensor, context: Context, state: LayerState | None = None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerState:
+        """An empty memory for `batch` rows of up to `capacity` tokens."""
+        raise NotImplementedError
+
+    def cost(self, name: str, context_length: int) -> Cost:
+        """What it costs per token in sequences of `context_length` tokens."""
+        raise NotImplementedError
