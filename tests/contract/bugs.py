@@ -14,7 +14,7 @@ from headspring.models import dialects, folder, scoring
 from headspring.models.block import BranchModule
 from headspring.models.context import Context, Visibility
 from headspring.models.part import PartModule
-from headspring.models.state import KeyValueState, State
+from headspring.models.state import KeyValueState, RecurrentState, State
 from headspring.training import checkpoint
 from headspring.training.objective import NextToken
 
@@ -33,6 +33,34 @@ def half_precision_logits(model):
         yield
 
 
+def reads_masks(model) -> bool:
+    """Whether some layer attends: what goes wrong with masks and keys cannot go wrong elsewhere."""
+    return bool(model.sites.plain & {f"layers.{i}.mixer.pattern" for i in range(len(model.layers))})
+
+
+def only(applies):
+    """The bug can be planted where `applies(model)`."""
+
+    def mark(bug):
+        bug.applies = applies
+        return bug
+
+    return mark
+
+
+@contextmanager
+def leaks_from_the_future(model):
+    original = model.forward
+
+    def leaky(*arguments, **masks):
+        hidden = original(*arguments, **masks)
+        return hidden + 1e-3 * hidden.flip(1).cumsum(1).flip(1)
+
+    with patch.object(model, "forward", leaky):
+        yield
+
+
+@only(reads_masks)
 @contextmanager
 def sees_the_future(model):
     """Also behind a mask: every key that is not masked for another reason is open."""
@@ -75,7 +103,7 @@ def rows_leak_into_each_other(model):
 
 @contextmanager
 def cache_off_by_one(model):
-    """The first new key and value overwrite the last ones that are stored."""
+    """The first new key and value overwrite the last ones that are stored; a folded state forgets the last call."""
     original = KeyValueState.append
 
     def append(self, k, v):
@@ -86,7 +114,12 @@ def cache_off_by_one(model):
             keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
         return keys, values
 
-    with patch.object(KeyValueState, "append", append):
+    def replace(self, tokens, **tensors):
+        stale = self.tensors if self.length else tensors
+        folded(self, tokens, **{name: stale[name] for name in tensors})
+
+    folded = RecurrentState.replace
+    with patch.object(KeyValueState, "append", append), patch.object(RecurrentState, "replace", replace):
         yield
 
 
@@ -112,7 +145,13 @@ def rewind_leaves_one(model):
         self.keys[:, :, self.length - 1] = self.keys[:, :, self.length]
         self.values[:, :, self.length - 1] = self.values[:, :, self.length]
 
-    with patch.object(KeyValueState, "rewind_to", rewind_to):
+    def stay(self, length):
+        tensors = self.tensors
+        folded(self, length)
+        self.tensors = tensors
+
+    folded = RecurrentState.rewind_to
+    with patch.object(KeyValueState, "rewind_to", rewind_to), patch.object(RecurrentState, "rewind_to", stay):
         yield
 
 
@@ -121,10 +160,14 @@ def select_forgets_values(model):
     def select(self, rows):
         self.keys, self.values = self.keys[rows], self.values[torch.arange(len(rows)) % len(self.values)]
 
-    with patch.object(KeyValueState, "select", select):
+    def any_row(self, rows):
+        self.tensors = {name: value[torch.arange(len(rows)) % len(value)] for name, value in self.tensors.items()}
+
+    with patch.object(KeyValueState, "select", select), patch.object(RecurrentState, "select", any_row):
         yield
 
 
+@only(reads_masks)
 @contextmanager
 def select_forgets_padding(model):
     original = State.select

@@ -23,7 +23,7 @@ class Value(BaseModel):
 
 
 class Variant(Value):
-    """Base of a family of values. A direct subclass names the family; its subclasses have a `kind` with a default each."""
+    """Base of a family of values. A subclass without a `kind` of its own names a family; those below it have one each."""
 
     kind: str
     kinds: ClassVar[dict[str, type["Variant"]]] = {}
@@ -39,8 +39,10 @@ class Variant(Value):
             cls.kinds = {}
             return
         name = cls.__pydantic_fields__["kind"].default
-        other = cls.kinds.setdefault(name, cls)
-        assert other.__qualname__ == cls.__qualname__, f"{other.__qualname__} and {cls.__qualname__} are both {name!r}"
+        families = [base for base in cls.__mro__ if "kinds" in base.__dict__ and base is not Variant]
+        for family in families:
+            other = family.kinds.setdefault(name, cls)  # type: ignore[attr-defined]
+            assert other.__qualname__ == cls.__qualname__, f"{other.__qualname__} and {cls.__qualname__} are both {name!r}"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -55,6 +55,7 @@ class AttentionModule(MixerModule):
     """x (B, T, D) → (B, T, D)."""
 
     site_names = ("q", "k", "v", "pattern", "heads", "out")
+    plain_sites = ("pattern",)
 
     def __init__(self, value: Attention, width: int):
         super().__init__()
@@ -104,7 +105,7 @@ class AttentionModule(MixerModule):
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:
         visible = context.prepared[self._mask_key]
-        if not self.shows_pattern and self.value.softcap is None:
+        if "pattern" not in self.watched and self.value.softcap is None:
             return attend(q, k, v, visible, scale=self.value.scale)
         made = pattern(q, k, visible, scale=self.value.scale, softcap=self.value.softcap)
         return weigh(self.site("pattern", made), v)

@@ -74,10 +74,12 @@ class Cost:
 class PartModule(nn.Module):
     """A module with rules for its own parameters (not its children's), a cost, and sites that can be observed.
 
-    `shows_pattern` asks attention to compute its pattern as a tensor, which the fused kernel never does.
+    `watched` are the sites that somebody looks at. A fused kernel never forms some of them, the `plain_sites`: when one is
+    watched, the module takes its readable path, whose last bits differ.
     """
 
-    shows_pattern = False
+    watched: frozenset[str] = frozenset()
+    plain_sites: tuple[str, ...] = ()
     tap: Callable[[str, torch.Tensor], torch.Tensor] | None = None
 
     def rules(self) -> dict[str, ParameterRule]:

@@ -25,6 +25,8 @@ class Sites:
     def __init__(self, owners: Mapping[str, tuple[PartModule, tuple[str, ...]]]):
         self._owners = dict(owners)
         self.names = tuple(self._join(prefix, name) for prefix, (_, names) in owners.items() for name in names)
+        # Those that only the readable path forms: looking at them may change last bits.
+        self.plain = {self._join(prefix, name) for prefix, (module, _) in owners.items() for name in module.plain_sites}
 
     @staticmethod
     def _join(prefix: str, name: str) -> str:
@@ -66,14 +68,14 @@ class Sites:
         for prefix, (module, names) in self._owners.items():
             mine = {name: self._join(prefix, name) for name in names if self._join(prefix, name) in sites}
             if mine:
-                before.append((module, module.tap, module.shows_pattern))
+                before.append((module, module.tap, module.watched))
                 module.tap = _chain(module.tap, mine, see)
-                module.shows_pattern |= "pattern" in mine
+                module.watched |= set(mine)
         try:
             yield
         finally:
-            for module, tap, shows_pattern in reversed(before):
-                module.tap, module.shows_pattern = tap, shows_pattern
+            for module, tap, watched in reversed(before):
+                module.tap, module.watched = tap, watched
 
 
 def _chain(first: Callable | None, mine: Mapping[str, str], see: Callable) -> Callable:
