@@ -133,7 +133,7 @@ class RecurrentModule(MixerModule):
         if state is not None:
             first = [state[name].to(x.dtype) for name in self.value.memories]
         run = self._readable if "gates" in self.watched else self._fused
-        h, last = run(x, context.starts, first)
+        h, last = run(x, context, first)
         if state is not None:
             state.replace(x.shape[1], **dict(zip(self.value.memories, last, strict=True)))
         h = self.site("h", h)
@@ -141,38 +141,40 @@ class RecurrentModule(MixerModule):
 
     # ---- the definition
 
-    def _readable(self, x: torch.Tensor, starts: torch.Tensor | None, memory: list[torch.Tensor]):
+    def _readable(self, x: torch.Tensor, context: Context, memory: list[torch.Tensor]):
         """Token by token. Returns h (B, T, H) and the last memory."""
         batch, time, _ = x.shape
         a = self.input(x).view(batch, time, self.value.gates, self.hidden)
         first, gates = tuple(memory), []
         now = first
         for t in range(time):
-            now = self._carried(now, starts, t)
+            now = self._carried(now, context, t)
             u = self.memory(now[0]).view(batch, self.value.gates, self.hidden)
             gates.append(self.value.step(a[:, t], u, now))
             now = self.value.update(gates[-1], now)
-        return self._replay(self.site("gates", torch.stack(gates, dim=1)), starts, first)
+        return self._replay(self.site("gates", torch.stack(gates, dim=1)), context, first)
 
-    def _replay(self, gates: torch.Tensor, starts: torch.Tensor | None, now: tuple[torch.Tensor, ...]):
+    def _replay(self, gates: torch.Tensor, context: Context, now: tuple[torch.Tensor, ...]):
         """What memory becomes under given gates: those that were seen, or what an observer made of them."""
         outputs = []
         for t in range(gates.shape[1]):
-            now = self.value.update(gates[:, t], self._carried(now, starts, t))
+            now = self.value.update(gates[:, t], self._carried(now, context, t))
             outputs.append(now[0])
         return torch.stack(outputs, dim=1), now
 
-    def _carried(self, now: tuple[torch.Tensor, ...], starts: torch.Tensor | None, t: int) -> tuple[torch.Tensor, ...]:
+    def _carried(self, now: tuple[torch.Tensor, ...], context: Context, t: int) -> tuple[torch.Tensor, ...]:
         """The memory before token t: empty where a document starts, without a past for gradients where they are cut."""
-        if self.value.truncate and t and t % self.value.truncate == 0:
-            now = tuple(memory.detach() for memory in now)
-        if starts is None:
+        if self.value.truncate:
+            cut = (context.positions[:, t] % self.value.truncate == 0)[:, None]
+            now = tuple(torch.where(cut, memory.detach(), memory) for memory in now)
+        if context.starts is None:
             return now
-        return tuple(memory.masked_fill(starts[:, t, None], 0.0) for memory in now)
+        return tuple(memory.masked_fill(context.starts[:, t, None], 0.0) for memory in now)
 
     # ---- the same, by torch's fused recurrence
 
-    def _fused(self, x: torch.Tensor, starts: torch.Tensor | None, memory: list[torch.Tensor]):
+    def _fused(self, x: torch.Tensor, context: Context, memory: list[torch.Tensor]):
+        starts = context.starts
         if starts is None:
             lengths = None
             rows, now = x, tuple(memory)
@@ -194,18 +196,16 @@ class RecurrentModule(MixerModule):
 
     def _recur(self, x: torch.Tensor, memory: tuple[torch.Tensor, ...], lengths: torch.Tensor | None):
         """(R, L, D) from the memory of each row → h (R, L, H) and the memory after the last of its `lengths` tokens."""
-        weights = (self.input.weight, self.memory.weight, self.input.bias, self.memory.bias)
-        weights = tuple(weight.to(x.dtype) for weight in weights)  # type: ignore[union-attr]
-        hx = tuple(one[None].contiguous() for one in memory)
-        hx = hx if len(hx) > 1 else hx[0]
+        parameters = (self.input.weight, self.memory.weight, self.input.bias, self.memory.bias)
+        weights = tuple(one.to(x.dtype) for one in parameters if one is not None)
         if lengths is None:
-            y, *now = self.value.fused(x, hx, weights, True, 1, 0.0, self.training, False, True)
+            y, *now = self.value.fused(x, _as_torch(memory), weights, True, 1, 0.0, self.training, False, True)
             return y, tuple(one[0] for one in now)
         alive = lengths > 0
         packed = pack_padded_sequence(x[alive], lengths[alive].clamp(max=x.shape[1]).cpu(), True, enforce_sorted=False)
         order = packed.sorted_indices
-        picked = [one[alive][order][None] for one in memory]
-        y, *now = self.value.fused(packed.data, packed.batch_sizes, picked if len(picked) > 1 else picked[0], weights, True,
+        first = _as_torch(tuple(one[alive][order] for one in memory))
+        y, *now = self.value.fused(packed.data, packed.batch_sizes, first, weights, True,
                                    1, 0.0, self.training, False)  # fmt: skip
         h = pad_packed_sequence(packed._replace(data=y), True, total_length=x.shape[1])[0]
         out = h.new_zeros(len(x), *h.shape[1:]).index_put((alive.nonzero()[:, 0],), h)
@@ -245,6 +245,12 @@ class Memory(Linear):
                 tensor[self.hidden : 2 * self.hidden] = 1.0
 
         return {"weight": ParameterRule(orthogonal, "matrix"), "bias": ParameterRule(open_forget_gate, "vector")}
+
+
+def _as_torch(memory: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | torch.Tensor:
+    """The memory of R rows as torch's recurrences take it: (1, R, H), in a tuple only where there are two."""
+    stacked = tuple(one[None].contiguous() for one in memory)
+    return stacked if len(stacked) > 1 else stacked[0]
 
 
 def _cut_into_runs(x: torch.Tensor, starts: torch.Tensor, memory: tuple[torch.Tensor, ...]):

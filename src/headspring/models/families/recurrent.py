@@ -1,9 +1,10 @@
-"""Recurrent language models, from the simple RNN on."""
+"""What came before attention: the neural n-gram model, and recurrent networks from the simple RNN on."""
 
 from headspring.models.block import Block, Branch, repeat
 from headspring.models.decoder import Decoder
 from headspring.models.families.registry import family
 from headspring.models.feedforward import MLP
+from headspring.models.neural_ngram import NeuralNGram
 from headspring.models.recurrent import GRU, LSTM, RNN
 
 
@@ -26,3 +27,10 @@ def gru() -> Decoder:
     """What a recurrent net is in today's blocks: pre-norm branches, a feed-forward, gradients cut every 10 tokens."""
     block = Block(mixer=GRU(hidden=16, truncate=10), feedforward=MLP(hidden=40))
     return Decoder(vocab=53, width=24, layers=repeat(2, block), context=48)
+
+
+@family("neural_ngram")
+def neural_ngram() -> Decoder:
+    """Bengio et al. 2003: one window of three tokens, tanh, and the direct connection."""
+    block = Block(mixer=Branch(f=NeuralNGram(order=4, hidden=40, direct=True), pre=None, residual=False))
+    return Decoder(vocab=53, width=24, layers=(block,), context=48, norm=None, tied=False)
