@@ -13,7 +13,7 @@ from headspring.data.shards import TokenShards
 from headspring.evaluation.baselines import BaselinesConfig, baselines, kneser_ney, xz_bits, zstd_bits
 from headspring.evaluation.compression import score_documents
 from headspring.evaluation.held_out import HeldOut, by_source, held_out
-from headspring.evaluation.kneser_ney import KneserNey
+from headspring.models.ngram.kneser_ney import KneserNey
 
 
 def test_metrics(data_folder, tokens_folder, tmp_path):

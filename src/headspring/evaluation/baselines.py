@@ -5,7 +5,7 @@ All are bits per byte of the same documents that the model is evaluated on (`hel
   which is unfair to them: the model has read the training text.
 - `xz_primed`, `zstd_primed`: they may see the training text first. xz: size of (training + held-out) − size of
   (training), with a dictionary that holds all of it. zstd: the training text as a raw dictionary.
-- `kneser_ney_5gram`: modified Kneser–Ney (`kneser_ney.py`) trained on the tokens of the training split, scored as the
+- `kneser_ney_5gram`: modified Kneser–Ney (`models.ngram.kneser_ney`) trained on the tokens of the training split, scored as the
   model is: bos given, every token and the eos predicted.
 """
 
@@ -27,7 +27,7 @@ from headspring.artifacts.progress import task
 from headspring.data.shards import TokenShards
 from headspring.data.store import read_documents
 from headspring.evaluation.held_out import HeldOut, by_source, fingerprint, held_out, num_bytes
-from headspring.evaluation.kneser_ney import KneserNey
+from headspring.models.ngram.kneser_ney import KneserNey
 from headspring.text.documents import Document
 
 XZ_LARGEST_DICTIONARY = 1536 << 20

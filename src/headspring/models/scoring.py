@@ -22,7 +22,7 @@ class HasHead(Protocol):
     """A model, as far as scoring is concerned: how hidden states become logits (see `ModelModule`)."""
 
     @property
-    def output_weight(self) -> torch.Tensor: ...
+    def output_weight(self) -> torch.Tensor | None: ...
 
     @property
     def output_bias(self) -> torch.Tensor | None: ...
@@ -39,13 +39,18 @@ def cross_entropy_sum(model: HasHead, hidden: torch.Tensor, targets: torch.Tenso
     hidden (..., D), targets (...) int64. No target at all gives 0, with zero gradients.
     """
     rows, kept = _kept(hidden, targets)
+    if model.output_weight is None:
+        return -_of_logits(rows, kept).sum()
     return _CrossEntropySum.apply(model.head_input(rows), model.output_weight, model.output_bias, model.softcap, kept)
 
 
 def log_probs(model: HasHead, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log p(target) in nats, (...) float32; 0 where the target is IGNORE. hidden (..., D), targets (...) int64."""
     rows, kept = _kept(hidden, targets)
-    values = _LogProbs.apply(model.head_input(rows), model.output_weight, model.output_bias, model.softcap, kept)
+    if model.output_weight is None:
+        values = _of_logits(rows, kept)
+    else:
+        values = _LogProbs.apply(model.head_input(rows), model.output_weight, model.output_bias, model.softcap, kept)
     return torch.zeros(targets.shape, device=hidden.device).masked_scatter(targets != IGNORE, values)
 
 
@@ -54,6 +59,11 @@ def _kept(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     keep = flat != IGNORE
     return (rows, flat) if bool(keep.all()) else (rows[keep], flat[keep])
+
+
+def _of_logits(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p(target) (N,) of rows (N, V) that are logits already: an n-gram model's hidden states are its log-probabilities."""
+    return rows.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
 class _Head:

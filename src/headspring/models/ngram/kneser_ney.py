@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from headspring.artifacts import UserError
+from headspring.models.ngram.backoff import Table
 
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # KenLM's, for text so small that the formula leaves [0, j]
 
@@ -41,6 +42,7 @@ class KneserNey:
         counted = _count(stream, position, vocab_size, order)
         adjusted = _adjust(counted, order)
         self._keys = [keys for keys, *_ in counted]
+        self._suffixes = [suffix for *_, suffix in counted]
         # Per n-gram: discounted count. Per context: what was seen after it, and what was taken away.
         self._mass: list[np.ndarray] = []
         self._total: list[np.ndarray] = []
@@ -61,6 +63,29 @@ class KneserNey:
     def num_ngrams(self) -> list[int]:
         """Distinct n-grams of order 1, 2, …"""
         return [len(keys) for keys in self._keys]
+
+    def backed_off(self) -> "list[Table]":
+        """The same model as tables that back off (see `ngram.backoff`), one an order. What interpolation adds to an n-gram
+        is in its probability; γ of its context is the context's weight."""
+        unigrams = np.full(self.vocab_size, 0.0 if self._total[0][0] == 0 else self._taken[0][0] / self._total[0][0])
+        unigrams /= self.vocab_size - 1
+        unigrams[self._keys[0]] += self._mass[0] / self._total[0][0]
+        unigrams[self.bos] = 0.0
+        tables, names, before = [Table(np.arange(self.vocab_size), unigrams)], self._keys[0], unigrams[self._keys[0]]
+        for n in range(2, self.order + 1):
+            keys, context = self._keys[n - 1], self._keys[n - 1] // self.vocab_size
+            total, taken = self._total[n - 1], self._taken[n - 1]
+            shorter = before[self._suffixes[n - 1]]
+            before = (self._mass[n - 1] + taken[context] * shorter) / total[context]
+            weights = np.ones(len(tables[-1].keys))
+            seen = total > 0
+            weights[(names if n == 2 else np.arange(len(names)))[seen]] = taken[seen] / total[seen]
+            tables[-1].weights = weights
+            # Unigrams are numbered by their tokens, and so are the contexts of bigrams.
+            renamed = self._keys[0][context] * self.vocab_size + keys % self.vocab_size if n == 2 else keys
+            tables.append(Table(renamed, before))
+            names = keys
+        return tables
 
     def log_probs(self, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Natural log-probability of every token after the first, for each document: (length − 1,) float64."""
@@ -88,6 +113,11 @@ class KneserNey:
             probability = np.divide(mass + rest, total, out=probability.copy(), where=seen)
             context = _shift(number, position, n)
         return probability
+
+
+def count_ngrams(documents: Sequence[np.ndarray], vocab_size: int, order: int):
+    """What `_count` gives, for documents."""
+    return _count(*_join(documents), vocab_size, order)
 
 
 def _join(documents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

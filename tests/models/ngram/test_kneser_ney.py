@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from headspring.artifacts import UserError
-from headspring.evaluation.kneser_ney import FALLBACK_DISCOUNTS, KneserNey
+from headspring.models.ngram.kneser_ney import FALLBACK_DISCOUNTS, KneserNey
 
 BOS, EOS, VOCAB = 0, 1, 9
 
@@ -81,7 +81,7 @@ def test_probabilities_sum_to_one(context):
 
 def test_control_raw_counts_at_lower_orders_differ(monkeypatch):
     """Planted bug: without continuation counts this is not Kneser–Ney, and the reference notices."""
-    monkeypatch.setattr("headspring.evaluation.kneser_ney._adjust", lambda counted, order: [c[1] for c in counted])
+    monkeypatch.setattr("headspring.models.ngram.kneser_ney._adjust", lambda counted, order: [c[1] for c in counted])
     document = corpus(1, 1)[0]
     found = KneserNey(corpus(0), VOCAB, BOS, 3).log_probs([document])[0]
     reference = Reference(corpus(0), 3)
