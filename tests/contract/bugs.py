@@ -68,10 +68,29 @@ def sees_the_future(model):
 
     def open_mask(self, mask):
         seen = original(self, mask)
-        allowed = None if seen.allowed is None else seen.allowed | seen.allowed.mT
+        allowed = None if seen.mask is None else seen.mask | seen.mask.mT
         self.prepared[repr(mask)] = Visibility(allowed, causal=False)
 
     with patch.object(Context, "visibility", open_mask):
+        yield
+
+
+@contextmanager
+def blind_to_the_future(model):
+    original = Context.visibility
+
+    def closed_mask(self, mask):
+        original(self, mask)
+        total = self.past + self.time
+        self.prepared[repr(mask)] = Visibility(torch.ones(1, 1, self.time, total, dtype=torch.bool).tril(), causal=False)
+
+    with patch.object(Context, "visibility", closed_mask):
+        yield
+
+
+@contextmanager
+def pretends_to_have_a_state(model):
+    with patch.object(model, "new_state", lambda batch, capacity: State([], batch, capacity, model.device)):
         yield
 
 

@@ -101,25 +101,96 @@ def test_rotation_depends_on_distance_only():
     assert abs(product(7, 3) - product(7, 5)) > 1e-3
 
 
-@needs_compiler
-@pytest.mark.parametrize("queries_at_once", [512, 16, 7])
-def test_attention_has_the_gradients_of_the_plain_formula(monkeypatch, queries_at_once):
-    from headspring.models.attend import attend_plain
+def has_products() -> bool:
+    found = native.library()
+    return found is not None and found.has_products
 
-    monkeypatch.setattr(kernels, "QUERIES_AT_ONCE", queries_at_once)
+
+needs_products = pytest.mark.skipif(not has_products(), reason="no bfloat16 products on this processor")
+every_unit = pytest.mark.parametrize("unit", ["native", "vector"], indirect=True)
+
+
+@pytest.fixture
+def unit(request, monkeypatch):
+    """Which instructions multiply: the processor's matrix unit where it has one, or its vectors."""
+    monkeypatch.setenv("HEADSPRING_KERNELS", request.param)
+    if not has_products():
+        pytest.skip("no bfloat16 products of this kind")
+
+
+ATTENTION_SHAPES = [  # batch, heads, key-value heads, time, channels
+    (2, 3, 3, 40, 32),
+    (2, 4, 2, 131, 64),
+    (1, 4, 1, 200, 96),
+    (2, 2, 2, 1, 64),
+]
+
+
+def attention_problem(batch: int, heads: int, kv_heads: int, time: int, channels: int) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, 40, 16, dtype=torch.bfloat16) for _ in range(3)]
-    ours = outputs_and_gradients(kernels.causal_attention, inputs)
-    exact = outputs_and_gradients(lambda q, k, v: attend_plain(q, k, v, None, True)[0], [x.float() for x in inputs])
-    for a, b in zip(ours, exact):
-        assert relative_error(a, b) < 2e-2
-    unmasked = outputs_and_gradients(lambda q, k, v: attend_plain(q, k, v, None, False)[0], [x.float() for x in inputs])
-    assert relative_error(ours[2], unmasked[2]) > 0.1  # the control
+    return [torch.randn(batch, count, time, channels).bfloat16() for count in (heads, kv_heads, kv_heads)]
+
+
+def document_starts(batch: int, time: int) -> torch.Tensor:
+    """For every token where its document begins; several documents a row."""
+    begins = torch.rand(batch, time, generator=torch.Generator().manual_seed(1)) < 0.04
+    return torch.where(begins, torch.arange(time), 0).cummax(1).values
 
 
 @needs_compiler
-def test_attention_scores_the_same_with_and_without_gradients():
-    q, k, v = (torch.randn(1, 2, 9, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+@every_unit
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_attention_and_its_gradients_are_those_of_the_plain_formula(unit, shape, packed):
+    inputs = attention_problem(*shape)
+    first = document_starts(shape[0], shape[3]) if packed else None
+    ours = outputs_and_gradients(lambda q, k, v: kernels.causal_attention(q, k, v, first), inputs)
+    exact = [x.float() for x in inputs]
+    theirs = outputs_and_gradients(lambda q, k, v: kernels.causal_attention_plain(q, k, v, first), exact)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.float(), b, rtol=0, atol=2e-2 * float(b.detach().abs().max()) + 1e-6)
+
+
+@needs_products
+def test_the_comparison_sees_another_mask():
+    """The control: a document that begins one token later changes output and gradients by more than rounding does."""
+    inputs = attention_problem(1, 2, 2, 70, 32)
+    first = torch.zeros(1, 70, dtype=torch.int64)
+    first[:, 40:] = 40
+    later = first.clone()
+    later[:, 40] = 0
+    right = outputs_and_gradients(lambda q, k, v: kernels.causal_attention(q, k, v, first), inputs)
+    wrong = outputs_and_gradients(lambda q, k, v: kernels.causal_attention(q, k, v, later), inputs)
+    assert all(relative_error(a, b) > 5e-2 for a, b in zip(wrong, right))
+
+
+@needs_products
+def test_attention_is_the_same_with_and_without_gradients():
+    q, k, v = (x.requires_grad_() for x in attention_problem(1, 2, 2, 9, 32))
     with torch.no_grad():
         plain = kernels.causal_attention(q, k, v)
     assert torch.equal(kernels.causal_attention(q, k, v), plain)
+
+
+@needs_products
+def test_attention_reads_views_of_one_product():
+    """Queries, keys and values are slices of one tensor in the model; heads and time are swapped views."""
+    mixed = torch.randn(2, 33, 3, 4, 32).bfloat16()
+    q, k, v = (x.transpose(1, 2) for x in mixed.unbind(2))
+    assert torch.equal(kernels.causal_attention(q, k, v), kernels.causal_attention(q.clone(), k.clone(), v.clone()))
+
+
+@needs_products
+def test_one_row_of_first_keys_serves_all_rows():
+    """A window is the same for every row of a batch."""
+    q, k, v = attention_problem(3, 2, 2, 70, 32)
+    window = (torch.arange(70)[None] - 5).clamp(min=0)
+    assert torch.equal(kernels.causal_attention(q, k, v, window), kernels.causal_attention(q, k, v, window.repeat(3, 1)))
+
+
+@needs_products
+def test_not_a_number_in_a_value_stays_visible():
+    q, k, v = attention_problem(1, 1, 1, 40, 32)
+    v[0, 0, 20, 3] = float("nan")
+    y = kernels.causal_attention(q, k, v)
+    assert y[0, 0, 20:, 3].isnan().all() and not y[0, 0, :, :3].isnan().any()

@@ -23,9 +23,10 @@ def attend(
     """softmax(q kᵀ · scale + bias) v. q (B, H, T, C), k (B, K, S, C) and v (B, K, S, C') with H a multiple of K
     → (B, H, T, C'). `scale` defaults to 1 / sqrt(C); `bias` broadcasts to (B, H, T, S)."""
     grouped = q.shape[1] != k.shape[1]
-    if visible.causal and bias is None and scale is None and not grouped:
-        return kernels.causal_attention(q, k, v)
-    mask, causal = visible.allowed, visible.causal
+    alone = bias is None and scale is None and visible.causal
+    if alone and (visible.first is None or kernels.attends_natively(q, v)):
+        return kernels.causal_attention(q, k, v, visible.first)
+    mask, causal = visible.mask, visible.causal and visible.first is None
     if bias is not None:
         mask, causal = added(bias, visible, q.shape[2], k.shape[2]).to(q.dtype), False
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
@@ -39,9 +40,9 @@ def added(bias: torch.Tensor, visible: Visibility, time: int, keys: int) -> torc
 
 def seen(visible: Visibility, time: int, keys: int, device: torch.device) -> torch.Tensor | None:
     """What a visibility says, as one tensor that broadcasts to (B, H, T, S); None where every key is seen."""
-    if visible.causal:
+    if visible.causal and visible.first is None:
         return torch.ones(time, keys, dtype=torch.bool, device=device).tril()
-    return visible.allowed
+    return visible.mask
 
 
 def pattern(

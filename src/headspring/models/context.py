@@ -10,20 +10,31 @@ compiled or recomputed, and should find tensors, not decisions.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from headspring.models.mask import Mask
+from headspring.models.mask import Causal, Mask
 
 
 @dataclass(frozen=True)
 class Visibility:
     """A mask as tensors. `allowed` (B or 1, 1, T, S) bool is True where a query may look at a key. Without it, `causal` says
-    whether the T queries are the T keys in order (each sees those before it), or every query sees every key."""
+    whether the T queries are the T keys in order (each sees those before it), or every query sees every key. A causal query
+    sees the keys from `first` (B or 1, T) int64 on, where that is given, which does not decrease along a row."""
 
     allowed: torch.Tensor | None
     causal: bool
+    first: torch.Tensor | None = None
+
+    @cached_property
+    def mask(self) -> torch.Tensor | None:
+        """(B or 1, 1, T, S) bool; None where nothing is hidden, or only the future is."""
+        if self.first is None:
+            return self.allowed
+        place = torch.arange(self.first.shape[1], device=self.first.device)
+        return ((place <= place[:, None]) & (place >= self.first[:, :, None]))[:, None]
 
 
 @dataclass(frozen=True)
@@ -55,17 +66,14 @@ class Context:
     ) -> "Context":
         """Work out the positions."""
         query = torch.arange(past, past + time, device=device)
-        positions = query[None]
-        if padding is not None:
-            positions = (positions - padding[:, None]).clamp(min=0)
+        first = torch.zeros(1, 1, dtype=torch.int64, device=device)
         if segments is not None:
             starts = torch.ones_like(segments, dtype=torch.bool)
             starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-            first = torch.where(starts, query, torch.zeros_like(query)).cummax(dim=1).values
-            positions = positions - first
-            if padding is not None:
-                positions = positions.clamp(min=0)
-        return Context(time, past, positions, segments, padding, **memory)
+            first = torch.where(starts, query, 0).cummax(dim=1).values
+        if padding is not None:
+            first = torch.maximum(first, padding[:, None])
+        return Context(time, past, (query - first).clamp(min=0), segments, padding, **memory)
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """What `make()` gives, worked out for the first part that asks for `key`."""
@@ -93,6 +101,36 @@ class Context:
         query = torch.arange(self.past, self.past + self.time, device=self.device)
         return self.once("pads", lambda: query < self.padding[:, None])  # type: ignore[index]
 
+    @property
+    def key_positions(self) -> torch.Tensor:
+        """(B or 1, S) int64: those of all tokens so far, which are the keys."""
+        if self.segments is not None or self.past == 0:
+            return self.positions
+        key = torch.arange(self.past + self.time, device=self.device)[None]
+        return key if self.padding is None else (key - self.padding[:, None]).clamp(min=0)
+
+    @property
+    def relative(self) -> torch.Tensor:
+        """(B or 1, T, S) int64: position of the key − position of the query."""
+        return self.once("relative", lambda: self.key_positions[:, None, :] - self.positions[:, :, None])
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(B or 1, T or 1) int64: how many tokens of its own row or document, so far, each token stands among."""
+        total = self.past + self.time
+        if self.segments is None:
+            rows = torch.full((1, 1), total, device=self.device)
+            return rows if self.padding is None else rows - self.padding[:, None]
+        return self.once("lengths", self._document_lengths)
+
+    def _document_lengths(self) -> torch.Tensor:
+        assert self.segments is not None
+        last = torch.ones_like(self.segments, dtype=torch.bool)
+        last[:, :-1] = self.segments[:, 1:] != self.segments[:, :-1]
+        places = torch.arange(self.time, device=self.device)
+        ends = torch.where(last, places, self.time).flip(1).cummin(dim=1).values.flip(1)
+        return self.positions.gather(1, ends) + 1
+
     def visibility(self, mask: Mask) -> Visibility:
         """Lower a mask for these tokens as queries and all tokens so far as keys."""
         return self.once(repr(mask), lambda: self._lower(mask))
@@ -102,13 +140,10 @@ class Context:
         in_order = not mask.causal or self.past == 0 or self.time == 1
         if self.segments is None and self.padding is None and mask.shows_all(total) and in_order:
             return Visibility(None, causal=mask.causal and self.past == 0)
+        if isinstance(mask, Causal) and not mask.sinks and self.past == 0:
+            return Visibility(None, causal=True, first=self._stretch(mask))
         key = torch.arange(total, device=self.device)
-        key_positions = key[None]
-        if self.padding is not None:
-            key_positions = (key_positions - self.padding[:, None]).clamp(min=0)
-        if self.segments is not None:
-            key_positions = self.positions
-        seen = mask.allowed(self.positions[:, :, None], key_positions[:, None, :])
+        seen = mask.allowed(self.positions[:, :, None], self.key_positions[:, None, :])
         if self.segments is not None:
             seen = seen & (self.segments[:, :, None] == self.segments[:, None, :])
         if self.padding is not None:
@@ -116,3 +151,11 @@ class Context:
             # A pad's own row would have no key at all, and a softmax over nothing is NaN: let it see itself.
             seen = seen | (key == torch.arange(self.past, total, device=self.device)[:, None])
         return Visibility(seen[:, None], causal=False)
+
+    def _stretch(self, mask: Causal) -> torch.Tensor:
+        """(B or 1, T): the first key that each of a row's tokens sees, all up to itself being seen."""
+        place = torch.arange(self.time, device=self.device)
+        first = place - self.positions
+        if mask.window is not None:
+            first = torch.maximum(first, place - mask.window + 1)
+        return first if self.pads is None else torch.where(self.pads, place, first)

@@ -14,7 +14,6 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from headspring.models import native
 
-QUERIES_AT_ONCE = 512
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -81,15 +80,33 @@ def rotate_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q kᵀ / sqrt(C)) v where each query sees the keys up to its own place. All (B, H, T, C), H alike.
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(q kᵀ / sqrt(C)) v where the query at t sees the keys first[b, t] … t; without `first`, 0 … t.
 
-    The forward pass is torch's fused kernel on every path. Its backward pass on the CPU is slow; ours makes the scores of
-    a few hundred queries at a time again, as batched matrix products.
+    q (B, H, T, C), k and v (B, K, T, C) with H a multiple of K; first (B, T) int64 must not decrease along a row: it says
+    where a packed document or a sliding window begins.
     """
-    if use_native(q) and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.requires_grad:
-        return _CausalAttention.apply(q, k, v)
-    return scaled_dot_product_attention(q, k, v, is_causal=True)
+    if attends_natively(q, v):
+        return _CausalAttention.apply(q, k, v, first)
+    return causal_attention_plain(q, k, v, first)
+
+
+def attends_natively(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether `causal_attention` has an operator for queries and values like these."""
+    channels = q.shape[-1]
+    return q.dtype == torch.bfloat16 and channels % 32 == 0 == v.shape[-1] - channels and use_native(q) and built().has_products
+
+
+def causal_attention_plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The definition of `causal_attention`, through torch's fused kernel."""
+    grouped = q.shape[1] != k.shape[1]
+    if first is None:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    place = torch.arange(q.shape[2], device=q.device)
+    seen = (place <= place[:, None]) & (place >= first[:, :, None])
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=grouped)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -132,27 +149,13 @@ class _Rotate(torch.autograd.Function):
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v):
-        y, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-        ctx.save_for_backward(q, k, v, y, log_sums)
+    def forward(ctx, q, k, v, first):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        y, log_sums = built().attention(q, k, v, first)
+        ctx.save_for_backward(q, k, v, y, log_sums, first)
         return y
 
     @staticmethod
     def backward(ctx, gradient):
-        q, k, v, y, log_sums = ctx.saved_tensors
-        batch, heads, time, channels = q.shape
-        flat = lambda x: x.reshape(batch * heads, time, -1)
-        deltas = flat((gradient * y).sum(-1, dtype=torch.float32)).squeeze(-1)
-        q, k, v, gradient, log_sums = (flat(x) for x in (q, k, v, gradient, log_sums))
-        log_sums = log_sums.squeeze(-1)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for start in range(0, time, QUERIES_AT_ONCE):
-            end = min(start + QUERIES_AT_ONCE, time)
-            queries, upstream = q[:, start:end], gradient[:, start:end]
-            pattern, inner = queries @ k[:, :end].mT, upstream @ v[:, :end].mT
-            rows = log_sums[:, start:end].contiguous(), deltas[:, start:end].contiguous()
-            built().causal_softmax_backward(pattern, inner, *rows, start, channels**-0.5)
-            grad_q[:, start:end] = inner @ k[:, :end]
-            grad_k[:, :end] += inner.mT @ queries
-            grad_v[:, :end] += pattern.mT @ upstream
-        return tuple(x.view(batch, heads, time, channels) for x in (grad_q, grad_k, grad_v))
+        gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+        return *built().attention_backward(gradient, *ctx.saved_tensors), None

@@ -1,14 +1,23 @@
 // The fused element-wise operators of kernels.py, for float32 and bfloat16. Plain loops that the compiler vectorises:
 // read once, compute in float, write once. Each function exists as NAME_f32 and NAME_bf16.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "native_products.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
 #include <vector>
 
-struct bf16 {
-    uint16_t bits;
-};
+// Whether `multiply` exists here. A process must ask Linux for the tile registers once before it uses them.
+extern "C" int prepare_products() {
+#if defined(HAS_PRODUCTS) && defined(__AMX_BF16__)
+    const long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#elif defined(HAS_PRODUCTS)
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 static inline float load(float x) { return x; }
 static inline float load(bf16 x) {
@@ -154,28 +163,6 @@ static void cross_entropy(int threads, T *logits, const int64_t *targets, float 
     }
 }
 
-// Scores s (N, R, S) of queries offset … offset + R − 1 against keys 0 … S − 1, with p = exp(scale · s − log_sum), 0 where a
-// key comes after its query: `scores` becomes p, and `gradients` (dL/dp) becomes dL/ds = scale · p · (dL/dp − delta).
-template <class T>
-static void causal_softmax_backward(int threads, T *scores, T *gradients, const float *log_sums, const float *deltas,
-                                    int64_t matrices, int64_t rows, int64_t keys, int64_t offset, float scale) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < matrices * rows; i++) {
-        T *row = scores + i * keys, *gradient = gradients + i * keys;
-        int64_t seen = offset + i % rows + 1;
-        float log_sum = log_sums[i], delta = deltas[i];
-        for (int64_t j = 0; j < seen; j++) {
-            float p = fast_exp(load(row[j]) * scale - log_sum);
-            store(row + j, p);
-            store(gradient + j, scale * p * (load(gradient[j]) - delta));
-        }
-        for (int64_t j = seen; j < keys; j++) {
-            store(row + j, 0.0f);
-            store(gradient + j, 0.0f);
-        }
-    }
-}
-
 #define BOTH(NAME, PARAMETERS, ARGUMENTS)                                        \
     extern "C" void NAME##_f32 PARAMETERS(float) { NAME<float> ARGUMENTS; }      \
     extern "C" void NAME##_bf16 PARAMETERS(bf16) { NAME<bf16> ARGUMENTS; }
@@ -204,9 +191,3 @@ BOTH(rotate, ROTATE, (threads, x, c, s, y, batch, time, heads, channels, row_str
 #define CROSS_ENTROPY(T)                                                                                             \
     (int threads, T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t vocab, float scale)
 BOTH(cross_entropy, CROSS_ENTROPY, (threads, logits, targets, losses, rows, vocab, scale))
-
-#define CAUSAL_SOFTMAX_BACKWARD(T)                                                                                   \
-    (int threads, T *scores, T *gradients, const float *log_sums, const float *deltas, int64_t matrices, int64_t rows, \
-     int64_t keys, int64_t offset, float scale)
-BOTH(causal_softmax_backward, CAUSAL_SOFTMAX_BACKWARD,
-     (threads, scores, gradients, log_sums, deltas, matrices, rows, keys, offset, scale))

@@ -1,4 +1,4 @@
-"""Builds and calls `native.cpp`: plain C functions on pointers, through ctypes.
+"""Builds and calls the C++ sources beside this file: plain C functions on pointers, through ctypes.
 
 Why not `torch.utils.cpp_extension`: it includes torch's headers, takes most of a minute and needs ninja. This takes a few
 seconds, needs only `g++` or `clang++`, and the library does not depend on torch's version. Without a compiler, or where
@@ -19,7 +19,8 @@ import torch
 
 from headspring.artifacts.environment import processor_name
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "native_attention.cpp"))
+HEADERS = (Path(__file__).with_name("native_products.h"),)
 # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning, which -ffast-math would not promise.
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
@@ -27,11 +28,20 @@ FLAGS = (
 )
 
 
-@functools.cache
+def flags() -> tuple[str, ...]:
+    """How the sources are compiled. `HEADSPRING_KERNELS=vector` leaves the processor's matrix unit alone."""
+    return (*FLAGS, "-mno-amx-bf16", "-mno-amx-tile") if os.environ.get("HEADSPRING_KERNELS") == "vector" else FLAGS
+
+
 def digest() -> str:
-    """Names the build: source, flags, processor, compiler's version."""
+    """Names the build: sources, flags, processor."""
+    return _digest(flags())
+
+
+@functools.cache
+def _digest(options: tuple[str, ...]) -> str:
     machine = f"{processor_name()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    key = SOURCE.read_bytes() + " ".join(FLAGS).encode() + machine.encode()
+    key = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS)) + " ".join(options).encode() + machine.encode()
     return hashlib.sha256(key).hexdigest()[:12]
 
 
@@ -41,20 +51,24 @@ def cache_folder() -> Path:
     return Path(base) / "headspring"
 
 
-@functools.cache
 def library() -> "Library | None":
     """The built library, or None where it cannot be built here."""
+    return _built(digest(), flags())
+
+
+@functools.cache
+def _built(name: str, options: tuple[str, ...]) -> "Library | None":
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None or platform.system() != "Linux":
         return None
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"native-{digest()}.so"
+        path = folder / f"native-{name}.so"
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 built = Path(temporary) / path.name
-                command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+                command = [compiler, *options, *map(str, SOURCES), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 os.replace(built, path)
         return Library(ctypes.CDLL(str(path)))
@@ -62,8 +76,8 @@ def library() -> "Library | None":
         return None
 
 
-def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 class Library:
@@ -71,6 +85,7 @@ class Library:
 
     def __init__(self, handle: ctypes.CDLL):
         self._handle = handle
+        self.has_products = bool(handle.prepare_products())
 
     def _call(self, name: str, dtype: torch.dtype, *arguments) -> None:
         suffix = "bf16" if dtype == torch.bfloat16 else "f32"
@@ -110,17 +125,41 @@ class Library:
         self._call("rotate", x.dtype, x, cos, sin, y, batch, time, heads, channels, row_stride, int(inverse))
         return y
 
-    def causal_softmax_backward(
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """y as q, and the logarithm of each softmax's sum for the backward pass. Tensors as `causal_attention` takes them."""
+        batch, heads, time, channels = q.shape
+        y = torch.empty(batch, time, heads, channels, dtype=q.dtype).transpose(1, 2)
+        log_sums = torch.empty(batch, heads, -(-time // 64) * 64, dtype=torch.float32)
+        self._attention("attention", (q, k, v, y), log_sums, first)
+        return y, log_sums
+
+    def attention_backward(
         self,
-        scores: torch.Tensor,
-        gradients: torch.Tensor,
+        gradient: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        y: torch.Tensor,
         log_sums: torch.Tensor,
-        deltas: torch.Tensor,
-        offset: int,
-        scale: float,
+        first: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The gradients of q, k and v."""
+        grads = tuple(torch.empty(x.transpose(1, 2).shape, dtype=x.dtype).transpose(1, 2) for x in (q, k, v))
+        self._attention("attention_backward", (q, k, v, y, gradient, *grads), log_sums, first)
+        return grads
+
+    def _attention(
+        self, name: str, tensors: tuple[torch.Tensor, ...], log_sums: torch.Tensor, first: torch.Tensor | None
     ) -> None:
-        """In place on scores and gradients (N, R, S): see `native.cpp`. `log_sums` and `deltas` (N, R) float32."""
-        self._call("causal_softmax_backward", scores.dtype, scores, gradients, log_sums, deltas, *scores.shape, offset, scale)
+        """The tensors (B, heads, T, C) go over as a table of addresses and strides; only C must be contiguous."""
+        (batch, heads, time, channels), kv_heads = tensors[0].shape, tensors[1].shape[1]
+        views = torch.tensor([[x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)] for x in tensors])
+        sizes = torch.tensor([batch, heads, kv_heads, time, channels])
+        first = None if first is None else first.expand(batch, time).contiguous()
+        pointers = [_pointer(x) for x in (views, log_sums, first, sizes)]
+        getattr(self._handle, name)(ctypes.c_int(torch.get_num_threads()), *pointers, ctypes.c_float(channels**-0.5))
 
     def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
         """−log softmax(logits)[target] (N,) float32; `logits` (N, V) becomes (softmax − one-hot) · scale in place."""

@@ -1,0 +1,221 @@
+// Attention whose queries see a stretch of keys that ends at themselves, forward and backward, for bfloat16.
+//
+// Scores are made transposed, keys down and queries across: what belongs to a query (maximum, sum, mask) then lies in one
+// lane of a vector, no sum runs across a vector, and one layout of each factor serves every product. A strip of scores
+// lives in the cache and is never written to memory. The backward pass makes the scores again (arXiv 2205.14135).
+//
+// Query t of row b sees the keys first[b, t] … t; `first` does not decrease along a row. That is causal attention, within
+// packed documents or a sliding window.
+
+#include "native_products.h"
+
+#ifdef HAS_PRODUCTS
+
+#include <vector>
+
+namespace {
+
+constexpr int64_t QUERIES = 32, KEYS = 64;
+constexpr float LOG2_E = 1.44269504089f;
+
+int64_t padded(int64_t count) { return (count + KEYS - 1) / KEYS * KEYS; }
+
+// A tensor of bfloat16 (batch, heads, time, channels): the distances between batches, heads and rows, in elements.
+struct View {
+    bf16 *data;
+    int64_t batch, head, time;
+    bf16 *row(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * time; }
+};
+
+enum { Q, K, V, Y, GRADIENT, DQ, DK, DV };  // the order in which views are passed
+
+template <class T>
+struct Buffer {
+    T *data;
+    explicit Buffer(int64_t count) : data((T *)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {}
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer &) = delete;
+    operator T *() { return data; }
+};
+
+struct Shape {
+    int64_t batch, heads, kv_heads, time, channels, rows, ld;
+    Shape(const int64_t *s)
+        : batch(s[0]), heads(s[1]), kv_heads(s[2]), time(s[3]), channels(s[4]), rows(padded(s[3])), ld(rows + 32) {}
+};
+
+void copy_rows(const View &in, int64_t b, int64_t h, bf16 *out, const Shape &s) {
+    for (int64_t t = 0; t < s.time; t++) std::memcpy(out + t * s.channels, in.row(b, h, t), s.channels * sizeof(bf16));
+    std::memset(out + s.time * s.channels, 0, (s.rows - s.time) * s.channels * sizeof(bf16));
+}
+
+void fill_first(const int64_t *first, int32_t *out, const Shape &s) {
+    for (int64_t t = 0; t < s.rows; t++) out[t] = t >= s.time ? int32_t(t) : first ? int32_t(first[t]) : 0;
+}
+
+integers places(int64_t start) {
+    integers count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return count + int32_t(start);
+}
+
+// Scores of 16 queries → exp(scale · score − maximum) as pairs of keys. Gives the sums, and log2 of sum · exp(maximum).
+void softmax(const float *scores, uint32_t *out, int64_t begin, int64_t end, integers first, integers query, float scale,
+             floats &sums, floats &log2_sums) {
+    floats factor = floats{} + scale * LOG2_E, largest = floats{} - INFINITY, nothing = floats{} - INFINITY;
+    for (int64_t k = begin; k < end; k++) {
+        floats s = read<floats>(scores + (k - begin) * QUERIES);
+        integers seen = (first <= int32_t(k)) & (query >= int32_t(k));
+        s = seen ? s : nothing;
+        largest = s > largest ? s : largest;
+    }
+    floats offset = largest * factor;
+    sums = floats{};
+    for (int64_t k = begin; k < end; k += 2) {
+        floats p[2];
+        for (int i = 0; i < 2; i++) {
+            integers seen = (first <= int32_t(k + i)) & (query >= int32_t(k + i));
+            floats e = exp2_of(read<floats>(scores + (k + i - begin) * QUERIES) * factor - offset);
+            p[i] = seen ? e : floats{};
+            sums += p[i];
+        }
+        write(out + (k - begin) / 2 * QUERIES, pairs(p[0], p[1]));
+    }
+    for (int i = 0; i < 16; i++) log2_sums[i] = std::log2(sums[i]) + offset[i];
+}
+
+void forward(const View *x, float *log2_sums, const int64_t *first, const Shape &s, float scale, int64_t task) {
+    int64_t b = task / s.kv_heads, shared = task % s.kv_heads, group = s.heads / s.kv_heads, C = s.channels;
+    Buffer<bf16> rows(s.rows * C), keys(s.rows * C), values(C * s.ld), result(QUERIES * C);
+    Buffer<uint32_t> queries(C / 2 * s.ld), pattern(s.rows / 2 * QUERIES);
+    Buffer<float> scores(s.rows * QUERIES), mixed(C * QUERIES), factors(QUERIES);
+    Buffer<int32_t> starts(s.rows);
+    fill_first(first ? first + b * s.time : nullptr, starts, s);
+    copy_rows(x[V], b, shared, rows, s);
+    transposed(rows, C, values, s.ld, s.rows, C);
+    copy_rows(x[K], b, shared, keys, s);
+    for (int64_t h = shared * group; h < (shared + 1) * group; h++) {
+        copy_rows(x[Q], b, h, rows, s);
+        pairs_of_transposed(rows, C, queries, s.ld, s.rows, C);
+        float *logs = log2_sums + (b * s.heads + h) * s.rows;
+        for (int64_t t = 0; t < s.time; t += QUERIES) {
+            int64_t begin = starts[t] / QUERIES * QUERIES, end = t + QUERIES;
+            multiply(keys + begin * C, C, queries + t, s.ld, scores, QUERIES, end - begin, QUERIES, C, false);
+            for (int64_t i = 0; i < QUERIES; i += 16) {
+                floats sums, logs_of_sums;
+                softmax(scores + i, pattern + i, begin, end, read<integers>(starts + t + i), places(t + i), scale, sums,
+                        logs_of_sums);
+                write(logs + t + i, logs_of_sums);
+                write(factors + i, 1.0f / sums);
+            }
+            multiply(values + begin, s.ld, pattern, QUERIES, mixed, QUERIES, C, QUERIES, end - begin, false);
+            transposed_to_bf16(mixed, QUERIES, result, C, QUERIES, C, factors);
+            for (int64_t i = 0; i < QUERIES && t + i < s.time; i++)
+                std::memcpy(x[Y].row(b, h, t + i), result + i * C, C * sizeof(bf16));
+        }
+    }
+}
+
+// From scores and dL/dp of KEYS keys and 32 queries: p and dL/ds = p (dL/dp − delta), in rows and the latter in pairs too.
+// The scale of dL/ds is left to whoever writes dq and dk.
+void softmax_backward(const float *scores, const float *gradients, bf16 *p_rows, bf16 *ds_rows, int64_t ld,
+                      uint32_t *ds_pairs, int64_t key, integers first, integers query, floats factor, floats log2_sums,
+                      floats delta) {
+    for (int64_t i = 0; i < KEYS; i += 2) {
+        floats ds[2];
+        for (int64_t j = i; j < i + 2; j++) {
+            integers seen = (first <= int32_t(key + j)) & (query >= int32_t(key + j));
+            floats p = exp2_of(read<floats>(scores + j * QUERIES) * factor - log2_sums);
+            p = seen ? p : floats{};
+            ds[j - i] = p * (read<floats>(gradients + j * QUERIES) - delta);
+            write_bf16(p_rows + j * ld, p);
+            write_bf16(ds_rows + j * ld, ds[j - i]);
+        }
+        write(ds_pairs + i / 2 * QUERIES, pairs(ds[0], ds[1]));
+    }
+}
+
+void write_rows(const float *in, const View &out, int64_t b, int64_t h, const Shape &s, float scale) {
+    for (int64_t t = 0; t < s.time; t++)
+        for (int64_t c = 0; c < s.channels; c += 16)
+            write_bf16(out.row(b, h, t) + c, read<floats>(in + t * s.channels + c) * scale);
+}
+
+void backward(const View *x, const float *log2_sums, const int64_t *first, const Shape &s, float scale, int64_t task) {
+    int64_t b = task / s.kv_heads, shared = task % s.kv_heads, group = s.heads / s.kv_heads, C = s.channels;
+    Buffer<bf16> rows(s.rows * C), keys(s.rows * C), values(s.rows * C), keys_turned(C * s.ld);
+    Buffer<bf16> p_rows(KEYS * s.ld), ds_rows(KEYS * s.ld);
+    Buffer<uint32_t> queries(C / 2 * s.ld), upstream(C / 2 * s.ld), query_rows(s.rows / 2 * C), upstream_rows(s.rows / 2 * C);
+    Buffer<uint32_t> ds_pairs(KEYS / 2 * QUERIES);
+    Buffer<float> scores(KEYS * QUERIES), gradients(KEYS * QUERIES), dq_turned(C * s.ld), dk_sum(s.rows * C), dv_sum(s.rows * C);
+    Buffer<float> delta(s.rows), scales(s.rows);
+    Buffer<int32_t> starts(s.rows);
+    fill_first(first ? first + b * s.time : nullptr, starts, s);
+    copy_rows(x[K], b, shared, keys, s);
+    copy_rows(x[V], b, shared, values, s);
+    transposed(keys, C, keys_turned, s.ld, s.rows, C);
+    std::memset(dk_sum, 0, s.rows * C * sizeof(float));
+    std::memset(dv_sum, 0, s.rows * C * sizeof(float));
+    for (int64_t t = 0; t < s.rows; t++) scales[t] = scale;
+    for (int64_t h = shared * group; h < (shared + 1) * group; h++) {
+        copy_rows(x[GRADIENT], b, h, rows, s);
+        pairs_of_transposed(rows, C, upstream, s.ld, s.rows, C);
+        pairs_of_rows(rows, C, upstream_rows, C, s.rows, C);
+        for (int64_t t = 0; t < s.rows; t++) {
+            floats sum = {};
+            for (int64_t c = 0; c < C && t < s.time; c += 16)
+                sum += read_bf16(rows + t * C + c) * read_bf16(x[Y].row(b, h, t) + c);
+            delta[t] = _mm512_reduce_add_ps((__m512)sum);
+        }
+        copy_rows(x[Q], b, h, rows, s);
+        pairs_of_transposed(rows, C, queries, s.ld, s.rows, C);
+        pairs_of_rows(rows, C, query_rows, C, s.rows, C);
+        std::memset(dq_turned, 0, C * s.ld * sizeof(float));
+        const float *logs = log2_sums + (b * s.heads + h) * s.rows;
+        floats factor = floats{} + scale * LOG2_E;
+        for (int64_t key = 0; key < s.rows; key += KEYS) {
+            int64_t t = key;
+            for (; t < s.time && starts[t] < key + KEYS; t += QUERIES) {
+                multiply(keys + key * C, C, queries + t, s.ld, scores, QUERIES, KEYS, QUERIES, C, false);
+                multiply(values + key * C, C, upstream + t, s.ld, gradients, QUERIES, KEYS, QUERIES, C, false);
+                for (int64_t i = 0; i < QUERIES; i += 16)
+                    softmax_backward(scores + i, gradients + i, p_rows + t - key + i, ds_rows + t - key + i, s.ld,
+                                     ds_pairs + i, key, read<integers>(starts + t + i), places(t + i), factor,
+                                     read<floats>(logs + t + i), read<floats>(delta + t + i));
+                multiply(keys_turned + key, s.ld, ds_pairs, QUERIES, dq_turned + t, s.ld, C, QUERIES, KEYS, true);
+            }
+            multiply(p_rows, s.ld, upstream_rows + key / 2 * C, C, dv_sum + key * C, C, KEYS, C, t - key, true);
+            multiply(ds_rows, s.ld, query_rows + key / 2 * C, C, dk_sum + key * C, C, KEYS, C, t - key, true);
+        }
+        transposed_to_bf16(dq_turned, s.ld, rows, C, s.rows, C, scales);
+        for (int64_t t = 0; t < s.time; t++) std::memcpy(x[DQ].row(b, h, t), rows + t * C, C * sizeof(bf16));
+    }
+    write_rows(dk_sum, x[DK], b, shared, s, scale);
+    write_rows(dv_sum, x[DV], b, shared, s, 1.0f);
+}
+
+template <class Work>
+void for_each_kv_head(int threads, const Shape &s, Work work) {
+#pragma omp parallel num_threads(threads)
+    {
+        Tiles tiles;
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < s.batch * s.kv_heads; task++) work(task);
+    }
+}
+
+}  // namespace
+
+// `sizes` are batch, heads, kv_heads, time, channels (a multiple of 32); `first` (batch, time) may be null.
+extern "C" void attention(int threads, const View *views, float *log2_sums, const int64_t *first, const int64_t *sizes,
+                          float scale) {
+    Shape s(sizes);
+    for_each_kv_head(threads, s, [&](int64_t task) { forward(views, log2_sums, first, s, scale, task); });
+}
+
+extern "C" void attention_backward(int threads, const View *views, const float *log2_sums, const int64_t *first,
+                                   const int64_t *sizes, float scale) {
+    Shape s(sizes);
+    for_each_kv_head(threads, s, [&](int64_t task) { backward(views, log2_sums, first, s, scale, task); });
+}
+
+#endif
