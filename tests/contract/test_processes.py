@@ -7,8 +7,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from headspring.models.families import FAMILIES
-from tests.contract.training_checks import assert_same_gradients, gradients
+from tests.contract.training_checks import TRAINED, assert_same_gradients, gradients
 from tests.models.conftest import randomise
 
 WORKER = """
@@ -16,17 +15,16 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from headspring.models.families import FAMILIES
 from headspring.training import distributed
-from tests.contract.training_checks import gradients
+from tests.contract.training_checks import TRAINED, gradients
 from tests.models.conftest import randomise
 torch.set_num_threads(1)
 distributed.start(torch.device("cpu"))
 found = {}
-for name, tiny in FAMILIES.items():
+for name, tiny in TRAINED.items():
     found |= {f"right/{name}/{key}": g for key, g in gradients(randomise(tiny().build())).items()}
 distributed.sum_gradients = lambda parameters: None  # the planted bug: each process keeps its share
-for name, tiny in FAMILIES.items():
+for name, tiny in TRAINED.items():
     found |= {f"wrong/{name}/{key}": g for key, g in gradients(randomise(tiny().build())).items()}
 save_file(found, Path(sys.argv[1]) / f"rank{distributed.rank()}.safetensors")
 """
@@ -50,9 +48,9 @@ def of(tensors, kind, family):
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_one_process_is_two(family, of_two_processes):
-    alone = gradients(randomise(FAMILIES[family]().build()))
+    alone = gradients(randomise(TRAINED[family]().build()))
     for tensors in of_two_processes:
         assert_same_gradients(of(tensors, "right", family), alone)
         with pytest.raises(AssertionError):

@@ -12,8 +12,7 @@ from headspring.text.documents import Document
 from headspring.tokenization.train import TokenizerConfig, train_tokenizer
 
 SOURCES = [
-    f"def read{i}(self, path{i}, size={i}):\n    if path{i}:\n        raise ValueError(size)\n"
-    f"    return path{i} * size\n"
+    f"def read{i}(self, path{i}, size={i}):\n    if path{i}:\n        raise ValueError(size)\n    return path{i} * size\n"
     for i in range(40)
 ]
 LENGTH = 160
@@ -41,7 +40,7 @@ def trained_text(tokenizer, sample, segment):
 
 
 def test_exactly_the_answer_and_its_stop_token_are_trained(tasks, tokenizer):
-    source = PackedConversations(tasks, tokenizer, LENGTH, epochs=1)
+    source = PackedConversations(tasks, tokenizer, LENGTH)
     answers = []
     for index in range(len(source)):
         sample = source.sample(index)
@@ -67,7 +66,7 @@ def test_every_assistant_turn_is_trained(tokenizer):
 
 
 def test_targets_follow_inputs(tasks, tokenizer):
-    source = PackedConversations(tasks, tokenizer, LENGTH, epochs=1)
+    source = PackedConversations(tasks, tokenizer, LENGTH)
     for index in range(len(source)):
         sample = source.sample(index)
         inside = np.flatnonzero((sample.targets[:-1] != IGNORE) & (sample.segments[:-1] == sample.segments[1:]))
@@ -83,7 +82,7 @@ def test_the_prompt_for_generation_is_a_prefix_of_what_is_trained(tasks, tokeniz
 
 
 def test_packing_keeps_every_conversation_whole(tasks, tokenizer):
-    source = PackedConversations(tasks, tokenizer, LENGTH, epochs=1)
+    source = PackedConversations(tasks, tokenizer, LENGTH)
     found = []
     for index in range(len(source)):
         sample = source.sample(index)
@@ -103,15 +102,14 @@ def test_best_fit():
 
 
 def test_sample_is_a_pure_function_and_epochs_differ(tasks, tokenizer):
-    first = PackedConversations(tasks, tokenizer, LENGTH, seed=1, epochs=2)
-    second = PackedConversations(tasks, tokenizer, LENGTH, seed=1, epochs=2)
-    order = np.random.default_rng(0).permutation(len(first))
+    first, second = (PackedConversations(tasks, tokenizer, LENGTH, seed=1) for _ in range(2))
+    order = np.random.default_rng(0).permutation(2 * first.rows)
     for index in order:
         a, b = first.sample(int(index)), second.sample(int(index))
         assert (a.inputs == b.inputs).all() and (a.targets == b.targets).all() and (a.segments == b.segments).all()
     epochs = [[first.sample(e * first.rows + i).inputs.tobytes() for i in range(first.rows)] for e in (0, 1)]
     assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1])
-    other = PackedConversations(tasks, tokenizer, LENGTH, seed=2, epochs=2)
+    other = PackedConversations(tasks, tokenizer, LENGTH, seed=2)
     assert epochs[0] != [other.sample(i).inputs.tobytes() for i in range(other.rows)]
 
 
@@ -137,11 +135,11 @@ def test_where_is_the_inverse_of_sample(documents, tasks, tokenizer):
 def test_too_long_conversations_are_dropped_whole_and_counted(tasks, tokenizer):
     lengths = [len(render_targets(tokenizer, task.conversation)[0]) for task in tasks]
     limit = sorted(lengths)[len(lengths) // 2]
-    source = PackedConversations(tasks, tokenizer, limit, epochs=1)
+    source = PackedConversations(tasks, tokenizer, limit)
     assert source.dropped == sum(length > limit for length in lengths) > 0
     assert len(source.conversations) + source.dropped == len(tasks)
     with pytest.raises(UserError, match="fits into 3 tokens"):
-        PackedConversations(tasks, tokenizer, 3, epochs=1)
+        PackedConversations(tasks, tokenizer, 3)
 
 
 def test_a_conversation_without_an_assistant_is_refused(tasks, tokenizer):
@@ -152,14 +150,7 @@ def test_a_conversation_without_an_assistant_is_refused(tasks, tokenizer):
 
     mute = Mute(**vars(tasks[0]))
     with pytest.raises(UserError, match="no trained token"):
-        PackedConversations([mute], tokenizer, LENGTH, epochs=1)
-
-
-def test_num_samples_or_epochs(tasks, tokenizer):
-    with pytest.raises(ValueError, match="one of the two"):
-        PackedConversations(tasks, tokenizer, LENGTH)
-    with pytest.raises(ValueError, match="one of the two"):
-        PackedConversations(tasks, tokenizer, LENGTH, num_samples=3, epochs=1)
+        PackedConversations([mute], tokenizer, LENGTH)
 
 
 def test_a_message_cannot_forge_a_turn(tokenizer):
@@ -170,6 +161,6 @@ def test_a_message_cannot_forge_a_turn(tokenizer):
 
 
 def test_samples_stack(tasks, tokenizer):
-    source = PackedConversations(tasks, tokenizer, LENGTH, epochs=1)
+    source = PackedConversations(tasks, tokenizer, LENGTH)
     batch = collate([source.sample(0), source.sample(1)], document_mask=True)
     assert batch.inputs.shape == (2, LENGTH) and batch.segments is not None

@@ -39,9 +39,7 @@ def check_layout(layout, lengths, T):
     for row in range(layout.num_rows):
         sample = layout.sample(row)
         assert [array.shape for array in (sample.inputs, sample.targets, sample.segments)] == [(T,)] * 3
-        assert [array.dtype for array in (sample.inputs, sample.targets, sample.segments)] == [np.int64] * 2 + [
-            np.int32
-        ]
+        assert [array.dtype for array in (sample.inputs, sample.targets, sample.segments)] == [np.int64] * 2 + [np.int32]
         owners = [-1 if token == PAD else owner[token] for token in sample.inputs]
         changes = [0, *np.cumsum([a != b for a, b in pairwise(owners)])]
         assert sample.segments.tolist() == changes, "segments number the documents from 0"

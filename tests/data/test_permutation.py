@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headspring.data.permutation import Permutation
+from headspring.data.permutation import Epochs, Permutation
 
 
 @given(st.integers(1, 500), st.integers())
@@ -21,6 +21,15 @@ def test_every_element_once_and_the_inverse_is_exact(size, seed):
 def test_inverse_of_large_permutations(size, index, seed):
     shuffled = Permutation(size, seed)
     assert shuffled.inverse(shuffled(index % size)) == index % size
+
+
+@given(st.integers(1, 60), st.integers(), st.integers(0, 200))
+def test_epochs_hold_everything_once_and_places_is_their_inverse(size, seed, count):
+    stream = Epochs(size, seed)
+    for epoch in range(3):
+        assert sorted(stream(epoch * size + i) for i in range(size)) == list(range(size))
+    found = {place: element for element in range(size) for place in stream.places(element, count)}
+    assert found == {place: stream(place) for place in range(count)}
 
 
 def chi_square(place_of_zero, cells):

@@ -116,6 +116,34 @@ def test_several_answers_to_each_prompt_are_different_and_reproducible(lm):
     assert same(lm.generate("b", max_tokens=12, seed=1, n=4), answers[4:])
 
 
+def prefilled_rows(lm, monkeypatch, **options) -> tuple[list[Generation], int]:
+    """Several answers to each prompt, and how many rows the first forward pass had."""
+    shapes = []
+    with monkeypatch.context() as patch:
+        forward = type(lm.model).forward
+        patch.setattr(
+            type(lm.model), "forward", lambda model, ids, **more: (shapes.append(ids.shape), forward(model, ids, **more))[1]
+        )
+        return lm.generate(PROMPTS, n=4, max_tokens=12, **options), shapes[0][0]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_a_prompt_asked_several_times_is_read_once(lm, monkeypatch, options):
+    """The same samples as from copies of the prompt, each read by itself: the law of the answers is untouched."""
+    shared, rows = prefilled_rows(lm, monkeypatch, **options)
+    monkeypatch.setattr(decoding, "distinct", lambda prompts: (prompts, torch.arange(len(prompts))))
+    alone, all_rows = prefilled_rows(lm, monkeypatch, **options)
+    assert (rows, all_rows) == (len(PROMPTS), 4 * len(PROMPTS))
+    assert same(shared, alone)
+
+
+def test_control_answers_from_another_prompts_state_are_noticed(lm, monkeypatch):
+    honest, _ = prefilled_rows(lm, monkeypatch, seed=5)
+    find = decoding.distinct
+    monkeypatch.setattr(decoding, "distinct", lambda prompts: (find(prompts)[0], find(prompts)[1].flip(0)))
+    assert not same(prefilled_rows(lm, monkeypatch, seed=5)[0], honest)
+
+
 def test_returned_log_probs_are_the_rescored_ones(lm):
     options = {"max_tokens": 20, "seed": 2, "temperature": 0.7, "top_k": 30, "repetition_penalty": 1.3}
     for answer in lm.generate(PROMPTS, **options):

@@ -20,7 +20,7 @@ KINDS = {
 INPUTS = {
     "data": {}, "tokenizer": {"data": "data"}, "tokens": {"data": "data", "tokenizer": "tokenizer"},
     "baselines": {"data": "data", "tokens": "tokens"}, "pretrain": {"tokens": "tokens", "tokenizer": "tokenizer"},
-    "sft": {"model": "pretrain", "data": "data"}, "dpo": {"model": "sft", "data": "data"},
+    "sft": {"model": "pretrain", "data": "data", "tokens": "tokens"}, "dpo": {"model": "sft", "data": "data"},
     "evaluate-initial": {"model": "pretrain/initial", "data": "data"},
 } | {f"evaluate-{name}": {"model": name, "data": "data"} for name in ("pretrain", "sft", "dpo")}  # fmt: skip
 SECONDS = {"data": 31, "tokenizer": 9.4, "tokens": 6.2, "baselines": 48, "pretrain": 312, "sft": 84, "dpo": 93}
@@ -59,9 +59,7 @@ def fabricate_run(folder: Path, until: str = "evaluate-dpo", sft_right: int = 17
         if name in ("pretrain", "sft", "dpo"):
             write_log(folder / name / "logs" / "metrics.jsonl", name)
         cost = {"seconds": float(SECONDS.get(name, 17)), "peak_memory_bytes": 1.31e9}
-        inputs = {
-            role: {"stage": source, "sha256": content_hash(folder, source)} for role, source in INPUTS[name].items()
-        }
+        inputs = {role: {"stage": source, "sha256": content_hash(folder, source)} for role, source in INPUTS[name].items()}
         manifest = Manifest(
             name=name, kind=KINDS[name], revision=1, config={"steps": 1200}, inputs=inputs, environment=ENVIRONMENT,
             metrics=metrics(name, sft_right, text), cost=cost, created=1_790_000_000.0,

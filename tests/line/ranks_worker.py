@@ -20,8 +20,6 @@ if __name__ == "__main__":
         toy.calls.append(context.folder.name.removesuffix(".partial"))
         return {}
 
-    stages = {
-        kind: Stage(**{**vars(stage), "run": train}) if stage.training else stage for kind, stage in toy.STAGES.items()
-    }
+    stages = {kind: Stage(**{**vars(stage), "run": train}) if stage.training else stage for kind, stage in toy.STAGES.items()}
     done = line.run(folder / "toy.yaml", (), folder / "run", registry=stages)
     (folder / f"calls-{os.environ['RANK']}").write_text(f"{','.join(toy.calls)} {done.leader}")

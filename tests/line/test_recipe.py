@@ -186,6 +186,37 @@ def test_wrong_overrides_are_named(tmp_path, override, expected):
     assert expected in message(tmp_path, overrides=[override])
 
 
+MEASURED = """data:
+tokenizer:
+tokens:
+pretrain:
+baselines:
+  held_out: {max_bytes: 1000}
+evaluate:
+  held_out: {max_bytes: 1000}
+"""
+
+
+def test_a_yardstick_on_other_documents_than_the_models_is_refused(tmp_path):
+    """With the real stages: bits per byte of xz on other bytes than the model's would stand in the report side by side."""
+    path = toy.write(tmp_path, MEASURED)
+    load_recipe(path)
+    load_recipe(path, ["evaluate.held_out=null"])  # models that are not measured in bits
+    expected = {
+        "baselines.held_out.max_bytes=2000": "toy.yaml:6: baselines.held_out: baselines and evaluate would measure different",
+        "evaluate.held_out.split=validation": "toy.yaml:6: baselines.held_out: baselines and evaluate would measure",
+        "baselines={}": "toy.yaml:8: evaluate.held_out: baselines and evaluate would measure different documents; give both",
+    }
+    for override, line in expected.items():
+        with pytest.raises(UserError) as caught:
+            load_recipe(path, [override])
+        assert line in str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_one_of_several_evaluations_is_enough_for_a_yardstick(tmp_path):
+    load_recipe(toy.write(tmp_path, MEASURED + "evaluate-validation:\n  held_out: {split: validation}\n"))
+
+
 def test_a_mistake_in_the_file_is_not_blamed_on_an_override(tmp_path):
     text = toy.RECIPE.replace("  steps: 4", "  stesp: 4")
     assert "toy.yaml:8: pretrain.stesp" in message(tmp_path, text, ["pretrain.stop_at=1"])

@@ -60,9 +60,7 @@ def html(run_folder):
 def loads_nothing(html):
     """What would make a browser run or fetch something."""
     page = Page(html)
-    found = [
-        tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "img", "object", "embed", "form", "base")
-    ]
+    found = [tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "img", "object", "embed", "form", "base")]
     for _, attributes in page.tags:
         found += [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "action")]
         found += [value for name, value in attributes.items() if "href" in name and not value.startswith("#")]
@@ -86,16 +84,12 @@ def test_the_file_stands_alone_and_is_small(html, run_folder):
     assert (run_folder / "report.html").stat().st_size < 3_000_000
 
 
-@pytest.mark.parametrize(
-    "planted", ["<script>x</script>", '<img src="x">', '<a href="http://x">x</a>', '<p onclick="x">x</p>']
-)
+@pytest.mark.parametrize("planted", ["<script>x</script>", '<img src="x">', '<a href="http://x">x</a>', '<p onclick="x">x</p>'])
 def test_the_check_for_standing_alone_can_fail(html, planted):
     assert loads_nothing(html.replace("</main>", planted + "</main>"))
 
 
-HOSTILE = (
-    "</pre></td></style><script>alert(1)</script><img src=x onerror=alert(2)>" + "\"'`{{ 7*7 }}{% raw %}\0\u202e\ud800"
-)
+HOSTILE = "</pre></td></style><script>alert(1)</script><img src=x onerror=alert(2)>" + "\"'`{{ 7*7 }}{% raw %}\0\u202e\ud800"
 
 
 def test_text_of_models_and_documents_cannot_inject(tmp_path):

@@ -1,5 +1,6 @@
 """Small decoders with random weights everywhere: default initialisations hide missing parts."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,13 +19,21 @@ def small_decoder(**changes) -> Decoder:
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    if getattr(getattr(model, "config", None), "counted", False):
+        draw = np.random.default_rng(seed)
+        model.count([np.array([model.config.bos, *draw.integers(1, model.config.vocab, 30)]) for _ in range(200)])
+    return fill(model, seed)
+
+
+def fill(part: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random parameters for a part that is no whole model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
+        for _, parameter in sorted(part.named_parameters()):
             parameter.normal_(0.3, 0.3, generator=generator) if parameter.dim() == 1 else parameter.normal_(
                 0.0, 0.3, generator=generator
             )
-    return model
+    return part
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from headspring.artifacts import progress
+from headspring.data.shards import TokensConfig, write_tokens
 from headspring.data.store import Row, write_documents
 from headspring.data.tasks import Task, TaskConfig, mine
 from headspring.models import Attention, Block, Decoder, SwiGLU, repeat, save_model
@@ -67,6 +68,10 @@ class World:
     def data_folder(self, folder):
         rows = [Row(item, SPLITS[index % len(SPLITS)]) for index, item in enumerate(self.documents())]
         write_documents(rows, folder)
+        return folder
+
+    def tokens_folder(self, data_folder, folder):
+        write_tokens(TokensConfig(), data_folder, self.tokenizer(), folder)
         return folder
 
 

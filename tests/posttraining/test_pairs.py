@@ -107,7 +107,7 @@ def test_pairs_survive_their_file(pairs, tmp_path):
 
 def source(pairs, **changes):
     reference = np.arange(2 * len(pairs), dtype=np.float32).reshape(-1, 2)
-    return PreferencePairs(pairs, reference, 0, **{"sequence_length": 256, "seed": 1, "epochs": 2, **changes})
+    return PreferencePairs(pairs, reference, 0, **{"sequence_length": 256, "seed": 1, "num_samples": 2 * len(pairs), **changes})
 
 
 def test_sample_is_pure_and_every_epoch_holds_every_pair(pairs):
@@ -122,7 +122,7 @@ def test_sample_is_pure_and_every_epoch_holds_every_pair(pairs):
 
 
 def test_where_is_the_inverse_of_sample(pairs):
-    data = source(pairs, epochs=None, num_samples=int(1.5 * len(pairs)))
+    data = source(pairs, num_samples=int(1.5 * len(pairs)))
     found = set()
     for document_id in {pair.document_id for pair in pairs}:
         for visit in data.where(document_id):

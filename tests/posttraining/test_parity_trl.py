@@ -82,7 +82,7 @@ def test_sigmoid_dpo_equals_trl(trl_parts):
 
     pairs = [pair(row) for row in rows]
     values = reference_log_probs(Borrowed(reference), pairs, 0, "fp32")
-    data = PreferencePairs(pairs, values, 0, 64, epochs=1)
+    data = PreferencePairs(pairs, values, 0, 64)
     ours = data.collate([data.sample(i) for i in range(len(pairs))])
     with torch.no_grad():
         loss = PreferenceObjective(beta=0.2).loss(Borrowed(policy), ours)[0].item() / len(pairs)

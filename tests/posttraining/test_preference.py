@@ -36,7 +36,7 @@ def random_pairs(vocab: int, count: int = 6, seed: int = 0) -> list[Pair]:
 
 def batch_of(model, pairs, reference=None) -> PairBatch:
     values = reference_log_probs(model, pairs, 0, "fp32") if reference is None else reference
-    data = PreferencePairs(pairs, values, 0, 256, epochs=1)
+    data = PreferencePairs(pairs, values, 0, 256)
     return data.collate([data.sample(i) for i in range(len(pairs))])
 
 
@@ -175,14 +175,15 @@ def test_other_losses_and_impossible_settings_are_refused():
 def tuned(world, tmp_path_factory):
     """A model that SFT left half-trained, so that some of its answers are right and some wrong."""
     folder = tmp_path_factory.mktemp("dpo")
-    world.data_folder(folder / "data")
+    world.tokens_folder(world.data_folder(folder / "data"), folder / "tokens")
     world.save(world.model(), folder / "base")
     tasks = TaskConfig(kinds=("parameter_count",), per_kind=200, per_function=2)
     settings = {"optimizer": AdamW(learning_rate=3e-3, weight_decay=0.0), "precision": "fp32", "batch_size": 4}
     sft(
-        SFTConfig(tasks=tasks, steps=60, checkpoint_every=100, **settings),
+        SFTConfig(tasks=tasks, steps=60, checkpoint_every=100, pretraining_share=0, **settings),
         folder / "base",
         folder / "data",
+        folder / "tokens",
         folder / "sft",
     )
     return folder, tasks

@@ -10,14 +10,18 @@ from pydantic import ValidationError
 from headspring.artifacts import UserError
 from headspring.data.batch import IGNORE, Batch, collate
 from headspring.data.conversations import PackedConversations, render_targets
+from headspring.data.packing import PackedTokens
+from headspring.data.shards import TokenShards
 from headspring.data.store import read_documents
 from headspring.data.task_files import read_tasks, write_tasks
 from headspring.data.tasks import TaskConfig
 from headspring.inference.language_model import LanguageModel
+from headspring.models import load_model
 from headspring.posttraining.answers import answer
 from headspring.posttraining.held_out import split_tasks
-from headspring.posttraining.sft import SFTConfig, sft
-from headspring.training.objective import NextToken
+from headspring.posttraining.sft import SFTConfig, blend, sft, text_rows, trained_tokens
+from headspring.tokenization.train import TokenizerConfig, train_tokenizer
+from headspring.training.objective import NextToken, held_out_loss
 from headspring.training.optimizers import AdamW
 
 KINDS = ("name", "parameter_count")
@@ -39,9 +43,9 @@ def config(**changes) -> SFTConfig:
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
-    world.data_folder(folder / "data")
+    world.tokens_folder(world.data_folder(folder / "data"), folder / "tokens")
     world.save(world.model(), folder / "base")
-    metrics = sft(config(), folder / "base", folder / "data", folder / "sft")
+    metrics = sft(config(), folder / "base", folder / "data", folder / "tokens", folder / "sft")
     return folder, metrics
 
 
@@ -94,7 +98,7 @@ def loss_of(model, batches):
 
 def test_packed_conversations_train_as_separate_ones(world):
     tasks, model = world.tasks(kinds=KINDS, per_kind=8), world.model()
-    data = PackedConversations(tasks, world.tokenizer(), 256, epochs=1)
+    data = PackedConversations(tasks, world.tokenizer(), 256)
     packed = [data.sample(index) for index in range(len(data))]
     alone = separate(world, tasks)
     loss = loss_of(model, alone)
@@ -121,8 +125,8 @@ def test_prompts_carry_no_loss(world):
 def test_epochs_set_the_steps(world, finished, tmp_path):
     folder, _ = finished
     settings = config().model_dump(exclude={"steps"}) | {"epochs": 2, "batch_size": 3}
-    metrics = sft(SFTConfig(**settings), folder / "base", folder / "data", tmp_path / "sft")
-    assert metrics["steps"] == -(-2 * metrics["rows"] // 3)
+    metrics = sft(SFTConfig(**settings), folder / "base", folder / "data", folder / "tokens", tmp_path / "sft")
+    assert metrics["epochs"] == pytest.approx(2, abs=4 / metrics["rows"])
     with pytest.raises(ValidationError, match="give one of them"):
         SFTConfig(steps=3, epochs=1)
 
@@ -130,13 +134,44 @@ def test_epochs_set_the_steps(world, finished, tmp_path):
 def test_bad_input_is_refused(world, finished, tmp_path):
     folder, _ = finished
     with pytest.raises(UserError, match="longer than the model's context"):
-        sft(config(sequence_length=1000), folder / "base", folder / "data", tmp_path)
+        sft(config(sequence_length=1000), folder / "base", folder / "data", folder / "tokens", tmp_path)
     empty = tmp_path / "data"
     from headspring.data.store import Row, write_documents
 
     write_documents([Row(item, "train") for item in world.documents()], empty)
     with pytest.raises(UserError, match="validation split"):
-        sft(config(), folder / "base", empty, tmp_path)
+        sft(config(), folder / "base", empty, folder / "tokens", tmp_path)
+    world.save(world.model(), tmp_path / "base")
+    train_tokenizer([item.text for item in world.documents()], TokenizerConfig(vocab_size=390)).save(tmp_path / "base")
+    with pytest.raises(UserError, match="another tokenizer"):
+        sft(config(), tmp_path / "base", folder / "data", folder / "tokens", tmp_path)
+
+
+def text_loss(folder, name, world):
+    """Nats a token of held-out plain text."""
+    text = PackedTokens(TokenShards(folder / "tokens"), "validation", 256, packing="best_fit")
+    return held_out_loss(load_model(folder / name), text, len(text), 8, torch.float32, document_mask=True)
+
+
+def test_pretraining_text_keeps_what_conversations_alone_forget(world, finished):
+    """From a model that knows the text: with half of the trained tokens text it still does, with none it forgets."""
+    folder, _ = finished
+    losses = {}
+    for name, base, share in (("knowing", "base", 0.95), ("kept", "knowing", 0.5), ("forgot", "knowing", 0.0)):
+        trained = sft(config(pretraining_share=share), folder / base, folder / "data", folder / "tokens", folder / name)
+        losses[name] = text_loss(folder, name, world)
+    assert trained["trained_tokens"].keys() == {"conversations"}
+    assert losses["kept"] < losses["knowing"] < losses["forgot"] - 0.3
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_share_is_counted_in_trained_tokens(world, finished, share):
+    folder, _ = finished
+    shards, conversations = TokenShards(folder / "tokens"), PackedConversations(world.tasks(), world.tokenizer(), 256)
+    data = blend(conversations, shards, text_rows(share, conversations, shards), 0, 2000)
+    trained = trained_tokens(data)
+    assert trained["text"] / sum(trained.values()) == pytest.approx(share, abs=0.01)
+    assert data.counts["text"] / 2000 < share - 0.05  # the control: a share of rows is another thing
 
 
 def test_copies_of_held_out_functions_are_not_trained(world, tmp_path):

@@ -99,9 +99,7 @@ def test_compare_with_a_model(monkeypatch, capsys, bpe: Tokenizer, tmp_path):
     block = Block(mixer=Attention(heads=2, kv_heads=1), feedforward=SwiGLU(hidden=16))
     model = Decoder(vocab=bpe.vocab_size, width=16, layers=(block, block), context=96).build()
     LanguageModel(model, bpe).save(tmp_path)
-    code, out, _ = call(
-        monkeypatch, capsys, "compare", tmp_path, "--model", tmp_path, "--corpus", shutil.__file__, "--json"
-    )
+    code, out, _ = call(monkeypatch, capsys, "compare", tmp_path, "--model", tmp_path, "--corpus", shutil.__file__, "--json")
     found = json.loads(out)
     assert code == 0 and found["trailing_space"]["pairs"] > 50
     assert found["shape"] | {"layers": 2, "width": 16, "kv_heads": 1, "head_dim": 8, "context": 96} == found["shape"]

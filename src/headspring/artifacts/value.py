@@ -36,7 +36,8 @@ class Variant(Value):
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         if cls._names_the_family():
-            cls.kinds = {}
+            if Variant in cls.__bases__:  # else it only holds what some members of a family share
+                cls.kinds = {}
             return
         name = cls.__pydantic_fields__["kind"].default
         families = [base for base in cls.__mro__ if "kinds" in base.__dict__ and base is not Variant]

@@ -9,7 +9,7 @@ import sys
 import typer
 
 from headspring.artifacts.errors import HeadspringError
-from headspring.cli import evaluate, generate, run, tokens
+from headspring.cli import convert, evaluate, generate, run, tokens
 
 app = typer.Typer(
     name="headspring",
@@ -41,6 +41,7 @@ def _options(
 run.register(app)
 generate.register(app)
 evaluate.register(app)
+convert.register(app)
 app.add_typer(tokens.app, name="tokens")
 
 

@@ -19,7 +19,7 @@ RATES = {
     "parse_rate": "completed functions that parse",
 }
 
-Model = Annotated[str, typer.Argument(help="A run (its last model stage), a stage's folder, an HF folder or hub name.")]
+Model = Annotated[str, typer.Argument(help="A run (its last model stage), a stage's or HF folder, a .gguf file or a hub name.")]
 Data = Annotated[Path | None, typer.Option(help="A data stage's folder, or a run.  [default: the model's run]")]
 Text = Annotated[list[Path] | None, typer.Option(help="Bits per byte of this file instead. Repeatable.")]
 Sets = Annotated[list[Path] | None, typer.Option("--set", help="JSONL file of prompts and answers. Repeatable.")]

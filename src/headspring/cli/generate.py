@@ -18,7 +18,7 @@ from headspring.artifacts.errors import UserError
 if TYPE_CHECKING:
     from headspring.inference import LanguageModel
 
-Model = Annotated[str, typer.Argument(help="A run (its last model stage), a stage's folder, an HF folder or hub name.")]
+Model = Annotated[str, typer.Argument(help="A run (its last model stage), a stage's or HF folder, a .gguf file or a hub name.")]
 MaxTokens = Annotated[int, typer.Option(help="At most this many new tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token; 1 is the model's own spread.")]
 TopK = Annotated[int | None, typer.Option(help="Choose among the k most likely tokens.")]
@@ -30,6 +30,7 @@ Stop = Annotated[list[str] | None, typer.Option(help="End before this string; ma
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
+SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 HIDDEN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -61,7 +62,7 @@ def generate(
     """Continue a prompt."""
     if logprobs is not None and not as_json:
         raise UserError("--logprobs needs --json to show them")
-    options = _sampling(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    options = _sampling(locals())
     text = _read_stdin() if prompt == "-" else prompt
     lm = _load(model, device, dtype, revision)
     if as_json:
@@ -90,7 +91,7 @@ def chat(
     revision: Revision = None,
 ) -> None:
     """Talk with a model, a line a turn. /reset starts again, /quit (or the end of input) leaves."""
-    options = _sampling(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    options = _sampling(locals())
     lm = _load(model, device, dtype, revision)
     if lm.is_base:
         _note("this is a base model, never trained on conversations: expect a continuation, not an answer")
@@ -111,29 +112,11 @@ def chat(
             messages = [*messages, {"role": "assistant", "content": answer}]
 
 
-def _sampling(
-    max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
-    stop: list[str] | None,
-) -> dict[str, Any]:
-    """The options as `SamplingParams` takes them, checked before a model is loaded."""
+def _sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """Of a verb's arguments, those of `SamplingParams`; checked before a model is loaded."""
     from headspring.inference.sampling import SamplingParams
 
-    options: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": tuple(stop or ()),
-    }
+    options = {name: given[name] for name in SAMPLING} | {"stop": tuple(given["stop"] or ())}
     SamplingParams.of(**options)
     return options
 

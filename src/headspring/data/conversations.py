@@ -13,13 +13,14 @@ it would train an answer without its question or a question without its answer.
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 
 from headspring.artifacts import UserError
 from headspring.data.batch import IGNORE, Sample, Visit
-from headspring.data.permutation import Permutation, permutation
+from headspring.data.permutation import Epochs
 from headspring.data.tasks import Task
 from headspring.text.chat import Message
 from headspring.tokenization.tokenizer import Tokenizer
@@ -89,10 +90,9 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class PackedConversations:
-    """A `SampleSource` of packed conversations: epoch after epoch, `num_samples` samples in all.
+    """A `SampleSource` of packed conversations: epoch after epoch, `num_samples` samples in all (None: one epoch).
 
-    `rows`: samples of one epoch. `dropped`: conversations too long for `sequence_length`. Give `num_samples` (steps
-    times batch size) or `epochs`, not both."""
+    `rows`: samples of one epoch. `dropped`: conversations too long for `sequence_length`."""
 
     def __init__(
         self,
@@ -101,16 +101,14 @@ class PackedConversations:
         sequence_length: int,
         seed: int = 0,
         num_samples: int | None = None,
-        epochs: int | None = None,
     ):
-        if (num_samples is None) == (epochs is None):
-            raise ValueError("give num_samples or epochs, one of the two")
         rendering = render_tasks(tokenizer, tasks, sequence_length)
         self.conversations, self.dropped = rendering.conversations, rendering.dropped
-        self.sequence_length, self.seed = sequence_length, seed
+        self.sequence_length = sequence_length
         self._pad = tokenizer.pad_id or 0  # never a target, and in a segment of its own
         self._bins = best_fit([len(item.inputs) for item in self.conversations], sequence_length)
-        self.num_samples = num_samples if num_samples is not None else (epochs or 0) * self.rows
+        self._order = Epochs(self.rows, "conversations", seed)
+        self.num_samples = self.rows if num_samples is None else num_samples
 
     @property
     def rows(self) -> int:
@@ -119,14 +117,19 @@ class PackedConversations:
     def __len__(self) -> int:
         return self.num_samples
 
+    def first(self, num_samples: int) -> "PackedConversations":
+        """The same stream, `num_samples` samples long."""
+        stream = copy(self)
+        stream.num_samples = num_samples
+        return stream
+
     def sample(self, index: int) -> Sample:
         """Row `index` of the stream; pure, and defined for every index ≥ 0."""
-        epoch, place = divmod(index, self.rows)
         inputs = np.full(self.sequence_length, self._pad, dtype=np.int64)
         targets = np.full(self.sequence_length, IGNORE, dtype=np.int64)
         segments = np.zeros(self.sequence_length, dtype=np.int32)
         start = 0
-        for segment, item in enumerate(self._bins[self._order(epoch)(place)]):
+        for segment, item in enumerate(self._bins[self._order(index)]):
             conversation = self.conversations[item]
             end = start + len(conversation.inputs)
             inputs[start:end], targets[start:end] = conversation.inputs, conversation.targets
@@ -145,15 +148,6 @@ class PackedConversations:
                 end = start + len(conversation.inputs)
                 if conversation.document_id == document_id:
                     spans = (start, end, conversation.byte_start, conversation.byte_end)
-                    visits += [Visit(sample, *spans) for sample in self._visits(row)]
+                    visits += [Visit(sample, *spans) for sample in self._order.places(row, self.num_samples)]
                 start = end
         return sorted(visits, key=lambda visit: (visit.sample, visit.start))
-
-    def _visits(self, row: int) -> list[int]:
-        """The samples below `num_samples` that are this row."""
-        epochs = -(-self.num_samples // self.rows)
-        found = [epoch * self.rows + self._order(epoch).inverse(row) for epoch in range(epochs)]
-        return [sample for sample in found if sample < self.num_samples]
-
-    def _order(self, epoch: int) -> Permutation:
-        return permutation(self.rows, "conversations", self.seed, epoch)

@@ -81,9 +81,7 @@ def conservation(sources: dict[str, Any]) -> list[dict[str, Any]]:
 def conserved(report: dict[str, Any]) -> bool:
     """Whether every line of the conservation table sums exactly, and the splits sum to what was kept."""
     lines = report["conservation"]
-    balanced = all(
-        line["read"] == line["kept"] + sum(line["removed"].values()) + line["edited_away"] for line in lines
-    )
+    balanced = all(line["read"] == line["kept"] + sum(line["removed"].values()) + line["edited_away"] for line in lines)
     for unit in ("documents", "bytes"):
         kept = sum(line["kept"] for line in lines if line["unit"] == unit)
         balanced &= kept == sum(amount[unit] for amount in report["splits"].values())

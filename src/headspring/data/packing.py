@@ -3,7 +3,7 @@
     i ── mixture ──▶ (source, k) ── epoch, permutation ──▶ row ── layout ──▶ inputs, targets, segments
     i ◀── mixture ── (source, k) ◀── epoch, inverse ─────── row ◀── layout ── document
 
-Each arrow is a function without state: `Schedule` (data/mixture.py), `Permutation` (data/permutation.py; another order
+Each arrow is a function without state: `Schedule` (data/mixture.py), `Epochs` (data/permutation.py: another order
 every epoch) and a `Layout` (data/layout.py). So resuming is one integer, the stream is the same for every number of
 ranks, workers and threads, and `where(document)` walks the same arrows backwards instead of searching.
 Why not an iterator with a shuffle buffer: its position is a state that has to be saved, and it has no inverse.
@@ -18,7 +18,7 @@ from headspring.artifacts import UserError
 from headspring.data.batch import Sample, SampleSource, Visit
 from headspring.data.layout import BestFit, Concatenated, Layout
 from headspring.data.mixture import Mixture, nearest
-from headspring.data.permutation import Permutation, permutation
+from headspring.data.permutation import Epochs
 from headspring.data.shards import TokenShards
 from headspring.data.store import SPLITS
 
@@ -54,6 +54,7 @@ class PackedTokens(SampleSource):
         mixture = mixture or Mixture()
         active, known = self._sources(mixture)
         self.layouts: dict[str, Layout] = {name: self._layout(name, packing) for name in active}
+        self._orders = {name: Epochs(layout.num_rows, seed, split, name) for name, layout in self.layouts.items()}
         self._sizes = {name: self.layouts[name].num_rows if name in active else 0 for name in known}
         self.num_samples = sum(self._sizes.values()) if num_samples is None else num_samples
         self.schedule = mixture.schedule(self._sizes, self.num_samples)
@@ -72,14 +73,12 @@ class PackedTokens(SampleSource):
     def row_of(self, index: int) -> tuple[str, int]:
         """The source and the row of its layout that sample `index` shows."""
         source, k = self.schedule.locate(index)
-        epoch, place = divmod(k, self.layouts[source].num_rows)
-        return source, self._order(source, epoch)(place)
+        return source, self._orders[source](k)
 
     def samples_of(self, source: str, row: int) -> list[int]:
         """The inverse of `row_of`: every sample that shows `row` of `source`, ascending; one an epoch."""
-        num_rows, count = self.layouts[source].num_rows, self.schedule.counts[source]
-        ks = (epoch * num_rows + self._order(source, epoch).inverse(row) for epoch in range(-(-count // num_rows)))
-        return [self.schedule.index(source, k) for k in ks if k < count]
+        ks = self._orders[source].places(row, self.schedule.counts[source])
+        return [self.schedule.index(source, k) for k in ks]
 
     def where(self, document_id: str) -> list[Visit]:
         """Every run of a document's tokens among the inputs of this run's samples, in order of sample.
@@ -119,9 +118,6 @@ class PackedTokens(SampleSource):
             last = run.column + run.end - run.start
             visits += [Visit(sample, run.column, last, *bytes_) for sample in self.samples_of(source, run.row)]
         return visits
-
-    def _order(self, source: str, epoch: int) -> Permutation:
-        return permutation(self.layouts[source].num_rows, self.seed, self.split, source, epoch)
 
     def _sources(self, mixture: Mixture) -> tuple[list[str], list[str]]:
         """The sources that take part (those with a weight; without weights, all of the split), and all there are."""

@@ -55,6 +55,27 @@ class Permutation:
             raise IndexError(f"{index} is outside a permutation of {self.size}")
 
 
+class Epochs:
+    """`size` elements again and again, in another order every epoch: place p ↔ element, both ways in closed form."""
+
+    def __init__(self, size: int, *key: str | int):
+        self.size, self._key = size, key
+
+    def __call__(self, place: int) -> int:
+        """The element at `place`, any integer ≥ 0."""
+        epoch, within = divmod(place, self.size)
+        return self._order(epoch)(within)
+
+    def places(self, element: int, count: int) -> list[int]:
+        """The places below `count` at which `element` stands, ascending: one an epoch."""
+        epochs = range(-(-count // self.size))
+        found = [epoch * self.size + self._order(epoch).inverse(element) for epoch in epochs]
+        return [place for place in found if place < count]
+
+    def _order(self, epoch: int) -> Permutation:
+        return permutation(self.size, *self._key, epoch)
+
+
 @lru_cache(maxsize=4096)
 def permutation(size: int, *key: str | int) -> Permutation:
     """`Permutation(size, *key)`, kept for the next call."""

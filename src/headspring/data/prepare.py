@@ -146,9 +146,7 @@ def _documents(name: str, source: SourceConfig, reading: Reading) -> Iterable[Do
         yield document
 
 
-def _judge(
-    document: Document, profile: Profile, bounds: dict[str, Any], config: DataConfig, reading: Reading
-) -> Row:
+def _judge(document: Document, profile: Profile, bounds: dict[str, Any], config: DataConfig, reading: Reading) -> Row:
     """The document's row after masking, language identification and the rules of its profile."""
     if config.mask:
         text, counts = mask(document.text, config.mask)

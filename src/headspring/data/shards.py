@@ -117,9 +117,7 @@ class TokenShards:
             self._counts: dict[str, dict[str, dict[str, Any]]] = index["splits"]
             self._files: dict[str, dict[str, Any]] = index["files"]
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptArtifact(
-                f"{self.folder / INDEX}: not an index of token shards ({error!r}); {AGAIN}"
-            ) from error
+            raise CorruptArtifact(f"{self.folder / INDEX}: not an index of token shards ({error!r}); {AGAIN}") from error
         self._open: dict[tuple[str, str, str], Any] = {}
         for name, recorded in self._files.items():
             path = self.folder / name

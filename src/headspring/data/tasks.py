@@ -81,9 +81,7 @@ def mine(
         miner.read(document)
     tasks = miner.finish()
     if not tasks:
-        raise UserError(
-            "no task could be made from these documents: tasks need Python source or docstrings with doctests"
-        )
+        raise UserError("no task could be made from these documents: tasks need Python source or docstrings with doctests")
     random.Random(f"order:{seed}").shuffle(tasks)
     return tasks
 
@@ -169,11 +167,7 @@ class _Miner:
         self, document: Document, example: Example, start: int, end: int, in_document: Counter[Kind], rng: random.Random
     ) -> None:
         fingerprint = _fingerprint(example)
-        if (
-            fingerprint in self.seen
-            or "doctest" not in self.open_kinds
-            or in_document["doctest"] >= self.config.per_document
-        ):
+        if fingerprint in self.seen or "doctest" not in self.open_kinds or in_document["doctest"] >= self.config.per_document:
             return
         self.seen.add(fingerprint)
         setup = "".join(f">>> {line}\n" for line in example.setup.splitlines())
@@ -244,9 +238,7 @@ def _digest(seed: int, text: str) -> bytes:
 
 def _fingerprint(item: Function | Example) -> str:
     """Equal for functions (or examples) that differ in nothing but white space, wherever they stand."""
-    parts = (
-        (item.setup, item.expression) if isinstance(item, Example) else (item.summary, " ".join(item.source.split()))
-    )
+    parts = (item.setup, item.expression) if isinstance(item, Example) else (item.summary, " ".join(item.source.split()))
     return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 

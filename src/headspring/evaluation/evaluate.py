@@ -77,6 +77,7 @@ def measure(
     - doctest_pass_rate: outputs that a run of the expression confirms; function_pass_rate: completed functions that
       pass their doctests; parse_rate: completed functions that parse (with "undecided" samples, which do not count)
     - samples: [{"prompt", "text"}]"""
+    lm.require_causal()
     metrics: dict[str, Any] = {}
     tasks = [task for path in config.sets for task in read_set(path)]
     with compute_dtype(lm.model, config.precision):

@@ -1,10 +1,10 @@
 """The one decode loop, behind generate, stream and chat: a batch of requests, a model, a state.
 
 Prompts of different lengths share a batch by padding on the left, so that the next token of every row lies in the same
-column: one forward over the prompts (prefill), then one forward a token. A prompt that is asked several times is
-prefilled once, and its state copied to all of its rows. A row that has finished rides along until a
-quarter of the batch is idle; then the others are copied together (`state.select`). Dropping each row at once would copy
-the whole state for every answer that ends; never dropping would run at the length of the longest answer.
+column: one forward over the prompts (prefill), then one forward a token. A prompt that stands in several rows, because
+several answers to it are wanted, is read once and its state copied to all of them. A row that has finished rides along
+until a quarter of the batch is idle; then the others are copied together (`state.select`). Dropping each row at once would
+copy the whole state for every answer that ends; never dropping would run at the length of the longest answer.
 
 What this gives up is continuous batching, where a waiting prompt takes a finished row's place: that needs a state in
 pages. Sorting prompts by length before they are cut into batches (`in_batches`) keeps the padding small.

@@ -19,13 +19,14 @@ from torch import Tensor
 from headspring.artifacts import UserError
 from headspring.artifacts.progress import task
 from headspring.inference.decoding import decode, in_batches
+from headspring.inference.embeddings import embed, read_pooling
 from headspring.inference.generation import Generation, Request
-from headspring.inference.loading import BASE_KINDS, choose_device, choose_dtype, download, find
+from headspring.inference.loading import BASE_KINDS, choose_device, choose_dtype, download, find, read_model
 from headspring.inference.sampling import SamplingParams
-from headspring.models import load_model, save_model, scoring
-from headspring.models.decoder import DecoderModule
-from headspring.models.dialects import export_huggingface, expresses, import_huggingface
-from headspring.models.folder import is_native
+from headspring.models import save_model, scoring
+from headspring.models.dialects import export_huggingface, expresses
+from headspring.models.model import ModelModule
+from headspring.models.pooling import Pooling
 from headspring.text.chat import Message
 from headspring.tokenization.tokenizer import Tokenizer
 
@@ -37,13 +38,15 @@ BATCH_SIZE = 64  # rows that run together; the state's memory grows with it
 class LanguageModel:
     """`model` (`torch.nn.Module`), `tokenizer` and `config` (pydantic), ready to be asked.
 
-    `kind` is the stage that made it, where known: a base model (`pretrain`) warns when asked to chat."""
+    `kind` is the stage that made it, where known: a base model (`pretrain`) warns when asked to chat. `folder` is where it
+    was loaded from, and may say how its embeddings are pooled."""
 
-    def __init__(self, model: DecoderModule, tokenizer: Tokenizer, kind: str | None = None):
+    def __init__(self, model: ModelModule, tokenizer: Tokenizer, kind: str | None = None, folder: Path | None = None):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.config: BaseModel = model.config
         self.kind = kind
+        self.folder = folder
         if tokenizer.vocab_size > self.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {self.vocab_size}: not a pair")
 
@@ -57,18 +60,18 @@ class LanguageModel:
         revision: str | None = None,
     ) -> "LanguageModel":
         """The model at `path`: a run folder (its last finished model stage), a stage's folder, a Hugging Face folder or
-        hub name (at `revision`). `dtype="auto"` keeps the precision the weights are stored in. Raises `UserError`."""
+        hub name (at `revision`), or a `.gguf` file. `dtype="auto"` keeps the precision the weights are stored in.
+        Raises `UserError`."""
         if quantize is not None:
             raise UserError(f"quantize={quantize!r} is not supported yet; leave it out, or use dtype='bfloat16'")
         target, precision = choose_device(device), choose_dtype(dtype)
         source = find(path)
         if revision is not None and source.folder is not None:
-            raise UserError(f"revision={revision!r} belongs to a hub name; {source.name} is a folder on this machine")
+            raise UserError(f"revision={revision!r} belongs to a hub name; {source.name} is on this machine")
         folder = source.folder or download(source.name, revision)
-        model = load_model(folder) if is_native(folder) else import_huggingface(folder)
-        model = model.to(device=target, dtype=precision or next(model.parameters()).dtype)
+        model = read_model(folder, precision).to(device=target)
         model.compute_dtype = next(model.parameters()).dtype
-        return cls(model, Tokenizer.load(folder), kind=source.kind)
+        return cls(model, Tokenizer.load(folder), kind=source.kind, folder=folder)
 
     @property
     def device(self) -> torch.device:
@@ -135,10 +138,10 @@ class LanguageModel:
         return self._stream(self.chat_ids(messages), SamplingParams.of(**sampling))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """A prompt as the model reads it: text behind one `<|bos|>` where the tokenizer has it; ids as they are."""
+        """A prompt as the model reads it: text behind one `<|bos|>` where its tokenizer adds one; ids as they are."""
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
-        bos = self.tokenizer.bos_id
+        bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
         return ([] if bos is None else [bos]) + self.tokenizer.encode(prompt)
 
     def chat_ids(self, messages: Messages) -> list[int]:
@@ -154,9 +157,7 @@ class LanguageModel:
     ) -> list[Generation]:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: at least one row must run")
-        requests = [
-            self._request(prompt, one, answer) for prompt, one in zip(prompts, params) for answer in range(one.n)
-        ]
+        requests = [self._request(prompt, one, answer) for prompt, one in zip(prompts, params) for answer in range(one.n)]
         with task(progress, len(requests)) if progress else nullcontext() as bar:
             for batch in in_batches(requests, batch_size):
                 before = 0
@@ -174,9 +175,8 @@ class LanguageModel:
             if request.piece:
                 yield request.piece
 
-    def _request(
-        self, prompt: list[int], params: SamplingParams, answer: int = 0, incremental: bool = False
-    ) -> Request:
+    def _request(self, prompt: list[int], params: SamplingParams, answer: int = 0, incremental: bool = False) -> Request:
+        self.require_causal()
         if not prompt:
             raise UserError("the prompt is empty, and the tokenizer has no <|bos|> to begin with; give a token")
         if len(prompt) >= self.context:
@@ -186,6 +186,11 @@ class LanguageModel:
         return Request(
             self.tokenizer, prompt, params, context=self.context, end_ids=ends, answer=answer, incremental=incremental
         )
+
+    def require_causal(self) -> None:
+        """Raise `UserError` for a model that sees both ways: what it says of a token follows from the token itself."""
+        if not self.model.config.causal:
+            raise UserError(f"a model of kind {self.model.config.kind!r} sees both ways and continues no text; use embed")
 
     def _check(self, ids: Sequence[int]) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
@@ -202,6 +207,7 @@ class LanguageModel:
     def logprobs(self, texts: Prompt | Sequence[Prompt], batch_size: int = BATCH_SIZE) -> list[Tensor]:
         """For each text (or list of ids), the natural log-probability of every token that has one before it: (n,)
         float32 on the CPU. A text's n is its tokens (the first follows `<|bos|>`); of k given ids, n = k − 1."""
+        self.require_causal()
         rows = [self.prompt_ids(text) for text in _as_list(texts)]
         for row in rows:
             self._check(row)
@@ -214,6 +220,13 @@ class LanguageModel:
             for i, score in zip(chosen, self._score([rows[i] for i in chosen])):
                 scores[i] = score
         return scores
+
+    def embed(self, texts: str | Sequence[str], pooling: Pooling | None = None, batch_size: int = BATCH_SIZE) -> Tensor:
+        """One vector for each text, (n, D) float32 on the CPU. `pooling` is by default what the model's folder says in the
+        layout of sentence-transformers, or else the normalised mean. Longer texts are cut at the model's limit."""
+        if pooling is None:
+            pooling = (read_pooling(self.folder) if self.folder and self.folder.is_dir() else None) or Pooling()
+        return embed(self.model, self.tokenizer, [texts] if isinstance(texts, str) else texts, pooling, batch_size)
 
     @torch.inference_mode()
     def _score(self, rows: list[list[int]]) -> list[Tensor]:
@@ -245,12 +258,12 @@ class LanguageModel:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if expresses(self.model.config):
-            export_huggingface(self.model, folder, tokens=self._special_tokens())
+            export_huggingface(self.model, folder, tokens=self.special_tokens())
         else:
             save_model(self.model, folder)
         self.tokenizer.save(folder)
 
-    def _special_tokens(self) -> dict[str, Any]:
+    def special_tokens(self) -> dict[str, Any]:
         """The ids that `transformers` wants in a config: where a text begins, ends (also a turn), and what pads."""
         tokenizer = self.tokenizer
         ends = [end for end in (tokenizer.eos_id, tokenizer.end_id) if end is not None]

@@ -1,4 +1,4 @@
-"""Where a model is: a run, a stage's artifact, a Hugging Face folder or hub name; and on what it shall run.
+"""Where a model is: a run, a stage's artifact, a Hugging Face folder or hub name, a GGUF file; and on what it shall run.
 
 A run means its last finished model stage. A stage counts as finished when its manifest is there (it is written last).
 """
@@ -13,17 +13,21 @@ import torch
 from headspring.artifacts import UserError
 from headspring.artifacts.files import read_json
 from headspring.artifacts.manifest import MANIFEST, Manifest, read_manifest
+from headspring.models.dialects import import_huggingface
+from headspring.models.dialects.gguf import import_gguf
+from headspring.models.folder import is_native, load_model
+from headspring.models.model import ModelModule
 
-MODEL_KINDS = ("pretrain", "sft", "preference")  # in the order of the line
+MODEL_KINDS = ("pretrain", "sft", "preference", "contrastive")  # in the order of the line
 BASE_KINDS = ("pretrain",)  # these have never seen a conversation
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
-EXPECTED = "a run folder, a stage's folder, a Hugging Face folder or a hub name such as org/model"
+EXPECTED = "a run folder, a stage's folder, a Hugging Face folder, a .gguf file or a hub name such as org/model"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a path or name means: a local folder, or (`folder` None) a hub name. `kind`: of the stage, where known."""
+    """What a path or name means: a local folder or file, or (`folder` None) a hub name. `kind`: of the stage, where known."""
 
     name: str
     folder: Path | None
@@ -33,15 +37,31 @@ class Source:
 def find(path: str | Path) -> Source:
     """Raises `UserError` where there is no model, saying what there is instead."""
     name, folder = str(path), Path(path).expanduser()
-    if name.endswith(".gguf"):
-        raise UserError(f"{name}: GGUF files are not supported yet; load a Hugging Face folder of the same model")
     if folder.is_file():
-        raise UserError(f"{name}: is a file; a model is {EXPECTED}")
+        if not is_gguf(folder):
+            raise UserError(f"{name}: is a file; a model is {EXPECTED}")
+        return Source(name, folder)
     if folder.is_dir():
         return _find_in(folder, name)
     if looks_like_hub_name(name):
         return Source(name, None)
     raise UserError(f"{name}: no such folder; a model is {EXPECTED}")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is to be read, or written, as a GGUF file. Its name decides; its content is checked when it is read."""
+    return path.suffix == ".gguf"
+
+
+def read_model(path: Path, dtype: torch.dtype | None) -> ModelModule:
+    """The model of a local folder or GGUF file, in `dtype` or the precision it is stored in.
+
+    Raises `UserError` for one that is not supported, `CorruptArtifact` for a damaged one.
+    """
+    if is_gguf(path):
+        return import_gguf(path, dtype)
+    model = load_model(path) if is_native(path) else import_huggingface(path)
+    return model.to(dtype=dtype or next(model.parameters()).dtype)
 
 
 def looks_like_hub_name(name: str) -> bool:

@@ -95,11 +95,18 @@ def next_commands(run: Run) -> list[str]:
     folder, recipe = shlex.quote(str(run.folder)), shlex.quote(str(run.recipe.path))
     if run.recipe.steps and any((run.folder / name / "manifest.json").is_file() for name in run.recipe.models):
         return [
-            f"headspring chat {folder}",
-            f"headspring generate {folder} --prompt 'def '",
+            *_asking(run, folder),
             f"headspring run {recipe} data.sources=~/my/folder --run-dir runs/mine",
         ]
     return [f"headspring run {recipe} --run-dir {folder}"]
+
+
+def _asking(run: Run, folder: str) -> list[str]:
+    """How to ask the run's model: one that sees both ways writes nothing."""
+    masked = any(getattr(step.config, "objective", None) == "masked" for step in run.recipe.steps)
+    if masked:
+        return [f"python -c \"import headspring as hs; print(hs.load('{run.folder}').embed(['a text', 'another']))\""]
+    return [f"headspring chat {folder}", f"headspring generate {folder} --prompt 'def '"]
 
 
 def as_json(run: Run) -> dict[str, Any]:

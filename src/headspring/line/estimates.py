@@ -87,6 +87,12 @@ def preference(config: Any, known: Known) -> Estimate:
     return trained.with_seconds((1 + FORWARD) * trained.seconds + SECONDS_PER_ANSWER * answers)
 
 
+def contrastive(config: Any, known: Known) -> Estimate:
+    """Training on the pairs, at most as long as they are cut."""
+    tokens = config.pairs.query_tokens + config.pairs.passage_tokens
+    return _training(float(config.steps * config.batch_size * tokens), known)
+
+
 def evaluate(config: Any, known: Known) -> Estimate:
     """One forward pass over the held-out bytes, windows overlapping by half, and the answers."""
     rate = known.estimates["model"].seconds_per_token

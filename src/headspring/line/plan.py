@@ -112,9 +112,7 @@ def _before(step: Step, folder: Path, forced: set[str]) -> Manifest | None:
     return None if step.name in forced else finished(step, folder / step.name, check=False)
 
 
-def _reason(
-    step: Step, recipe: Recipe, folder: Path, manifests: Mapping[str, Manifest], forced: set[str]
-) -> str | None:
+def _reason(step: Step, recipe: Recipe, folder: Path, manifests: Mapping[str, Manifest], forced: set[str]) -> str | None:
     """Why the stage would run ("" for the first time); None where it would not."""
     if step.name in forced:
         return "forced"

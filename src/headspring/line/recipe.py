@@ -146,6 +146,7 @@ class _Builder:
                 self.add(name, values)
         if not self.steps:
             raise self.source.error((), "the recipe lists no stages")
+        self._check_held_out()
         return Recipe(recipe, description, seed, path, tuple(self._with_evaluation_files()))
 
     def _header(self, path: Path) -> tuple[str, str, int]:
@@ -258,12 +259,21 @@ class _Builder:
                 raise self.source.error((*route, "from"), message)
         return inputs
 
+    def _check_held_out(self) -> None:
+        """A yardstick (xz, say) and the models beside it must be measured on the same documents, or neither says anything."""
+        measured = [(step, step.stage.held_out(step.config)) for step in self.steps]
+        measured = [(step, chosen) for step, chosen in measured if chosen is not None]
+        for step, chosen in measured:
+            models = [pair for pair in measured if pair[0].stage.each_model and pair[0].inputs["data"] == step.inputs["data"]]
+            if models and not step.stage.each_model and all(chosen != theirs for _, theirs in models):
+                other = models[-1][0].group
+                said = step.group if "held_out" in (self.source.tree[step.group] or {}) else other
+                wrong = f"{step.group} and {other} would measure different documents; give both the same held_out"
+                raise self.source.error((said, "held_out"), wrong)
+
     def _with_evaluation_files(self) -> list[Step]:
         """Data is cleaned of what evaluations further down will ask."""
         files = tuple(dict.fromkeys(file for step in self.steps if step.stage.each_model for file in step.files))
         return [
-            replace(step, files=(*step.files, *files))
-            if step.stage.reads_evaluation_files
-            else step
-            for step in self.steps
+            replace(step, files=(*step.files, *files)) if step.stage.reads_evaluation_files else step for step in self.steps
         ]

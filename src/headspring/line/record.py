@@ -1,13 +1,13 @@
 """`RUN/run.json`: which recipe filled this folder, in which order, and how far it got.
 
-    schema_version, recipe (name), description, recipe_file, seed
-    stages   names in the order in which they run
-    kinds    stage → kind
-    inputs   stage → {role: stage}, or `stage/part` where a part of its folder is meant
-    configs  stage → resolved config
-    states   stage → "pending" | "running" | "done" | "failed" | "interrupted" | "outdated" (an input changed since)
-    state    the same of the whole: "running" | "done" | "failed" | "interrupted" | "partial" (stopped by --until)
-    updated  seconds since 1970
+schema_version, recipe (name), description, recipe_file, seed
+stages   names in the order in which they run
+kinds    stage → kind
+inputs   stage → {role: stage}, or `stage/part` where a part of its folder is meant
+configs  stage → resolved config
+states   stage → "pending" | "running" | "done" | "failed" | "interrupted" | "outdated" (an input changed since)
+state    the same of the whole: "running" | "done" | "failed" | "interrupted" | "partial" (stopped by --until)
+updated  seconds since 1970
 """
 
 import time
@@ -55,9 +55,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a run's record; give another --run-dir") from error
     if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path}: written by another version (schema {version}, here {SCHEMA_VERSION}); give another --run-dir"
-        )
+        raise UserError(f"{path}: written by another version (schema {version}, here {SCHEMA_VERSION}); give another --run-dir")
     return record
 
 

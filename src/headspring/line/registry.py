@@ -75,6 +75,7 @@ class Stage:
     reads_evaluation_files: bool = False  # is given the files of every evaluation of the recipe (decontamination)
     files: Callable[[Any], Sequence[str]] = lambda config: ()  # paths from outside the run that its config names
     fingerprint: Callable[[Any], str | None] = lambda config: None  # of other outside things it reads; None: nothing
+    held_out: Callable[[Any], Any] = lambda config: None  # the choice of documents it measures; None: it measures none
     before_training: Callable[[Any], Any] | None = None  # config for the untrained model; None: it is not evaluated
     estimate: Callable[[Any, Known], Estimate] = lambda config, known: Estimate()
 

@@ -108,9 +108,7 @@ def selected(
 class _Runner:
     """The state of one pass over `steps`, the first ones of the recipe."""
 
-    def __init__(
-        self, recipe: Recipe, folder: Path, steps: Sequence[Step], forced: set[str], ranks: Ranks, quiet: bool
-    ):
+    def __init__(self, recipe: Recipe, folder: Path, steps: Sequence[Step], forced: set[str], ranks: Ranks, quiet: bool):
         self.recipe, self.folder, self.steps, self.forced, self.ranks = recipe, folder, steps, forced, ranks
         self.loud = ranks.leader and not quiet
         self.made: list[str] = []

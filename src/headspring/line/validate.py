@@ -32,7 +32,7 @@ def validate(config: type[Config], values: Any, route: Route, source: Source) ->
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """"; did you mean 'x'?", or the valid names where none is near."""
+    """ "; did you mean 'x'?", or the valid names where none is near."""
     names = sorted(set(valid))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:

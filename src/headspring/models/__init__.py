@@ -3,29 +3,82 @@
 from headspring.models.attention import Attention
 from headspring.models.block import Block, Branch, pattern, repeat
 from headspring.models.decoder import Decoder
+from headspring.models.delta import GatedDelta
 from headspring.models.embedding import Embed, Head
-from headspring.models.feedforward import MLP, SwiGLU
+from headspring.models.encoder import Encoder
+from headspring.models.feedforward import MLP, Gated, SwiGLU
 from headspring.models.folder import load_model, save_model
+from headspring.models.gated_linear import GatedLinear
+from headspring.models.initialisation import GPT2, DeepNorm, FanIn, MuP, ZeroOutput, deepnorm, mup
+from headspring.models.linear_attention import EluPlusOne, Favor, LinearAttention
+from headspring.models.mamba import Mamba
+from headspring.models.mamba2 import Mamba2
 from headspring.models.mask import Causal, Full
+from headspring.models.mla import MLA
+from headspring.models.moe import MoE
 from headspring.models.norm import LayerNorm, RMSNorm
-from headspring.models.position import NoPE, RoPE
+from headspring.models.position import (
+    ALiBi,
+    DynamicNTK,
+    Learned,
+    Linear,
+    Llama3,
+    LongRoPE,
+    NoPE,
+    RoPE,
+    SharedBias,
+    Sinusoidal,
+    T5Bias,
+    YaRN,
+)
+from headspring.models.routing import SigmoidRouter, SoftmaxRouter
 
 __all__ = [
+    "GPT2",
+    "MLA",
     "MLP",
+    "ALiBi",
     "Attention",
     "Block",
     "Branch",
     "Causal",
     "Decoder",
+    "DeepNorm",
+    "DynamicNTK",
+    "EluPlusOne",
     "Embed",
+    "Encoder",
+    "FanIn",
+    "Favor",
     "Full",
+    "Gated",
+    "GatedDelta",
+    "GatedLinear",
     "Head",
     "LayerNorm",
+    "Learned",
+    "Linear",
+    "LinearAttention",
+    "Llama3",
+    "LongRoPE",
+    "Mamba",
+    "Mamba2",
+    "MoE",
+    "MuP",
     "NoPE",
     "RMSNorm",
     "RoPE",
+    "SharedBias",
+    "SigmoidRouter",
+    "Sinusoidal",
+    "SoftmaxRouter",
     "SwiGLU",
+    "T5Bias",
+    "YaRN",
+    "ZeroOutput",
+    "deepnorm",
     "load_model",
+    "mup",
     "pattern",
     "repeat",
     "save_model",

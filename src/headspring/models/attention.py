@@ -7,14 +7,14 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import nn
 
-from headspring.models import kernels
-from headspring.models.attend import attend, pattern, weigh
-from headspring.models.context import Context
+from headspring.models.attend import added, attend, pattern, weigh
+from headspring.models.context import Context, Visibility
 from headspring.models.mask import Causal, Mask
 from headspring.models.mixer import Mixer, MixerModule
 from headspring.models.norm import Norm, NormModule, RMSNorm
-from headspring.models.part import Cost, Linear
+from headspring.models.part import Cost, Linear, ParameterRule, constant
 from headspring.models.position import Position, RoPE
 from headspring.models.state import KeyValueState, LayerState
 
@@ -24,7 +24,8 @@ class Attention(Mixer):
 
     `qk_norm` normalises each head's query and key before the rotation. `bias` puts biases on q, k and v, `out_bias` on the
     output. `scale` multiplies the scores (default 1 / sqrt(head_dim)); `softcap` bounds them, as softcap · tanh(s / softcap)
-    (arXiv 2408.00118).
+    (arXiv 2408.00118). `sink` adds a learned logit for each head to the softmax, which weighs nothing: a head may attend to
+    no token at all (arXiv 2508.10925).
     """
 
     kind: Literal["attention"] = "attention"
@@ -38,14 +39,19 @@ class Attention(Mixer):
     out_bias: bool = False
     scale: float | None = Field(None, gt=0)
     softcap: float | None = Field(None, gt=0)
+    sink: bool = False
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Attention":
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        if self.head_dim is not None and self.head_dim % 2 and isinstance(self.position, RoPE):
-            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
+        if self.head_dim is not None and isinstance(self.position, RoPE):
+            self.position.check(self.head_dim)
         return self
+
+    @property
+    def causal(self) -> bool:
+        return self.mask.causal
 
     def build(self, width: int) -> "AttentionModule":
         return AttentionModule(self, width)
@@ -64,21 +70,33 @@ class AttentionModule(MixerModule):
         self.value = value
         self.heads, self.kv_heads = value.heads, value.kv_heads or value.heads
         self.channels = value.head_dim or width // value.heads
-        if isinstance(value.position, RoPE) and self.channels % 2:
-            raise ValueError(f"width / heads ({self.channels}) must be even for rotary positions")
         self.q = Linear(width, self.heads * self.channels, bias=value.bias)
         self.k = Linear(width, self.kv_heads * self.channels, bias=value.bias)
         self.v = Linear(width, self.kv_heads * self.channels, bias=value.bias)
         self.out = Linear(self.heads * self.channels, width, bias=value.out_bias, std=0.0)
         self.q_norm: NormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
         self.k_norm: NormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
-        self._mask_key, self._rotary_key = repr(value.mask), f"{value.position!r} {self.channels}"
+        self.sinks = nn.Parameter(torch.empty(self.heads)) if value.sink else None
+        self.position = value.position.build(self.heads, self.channels, value.mask.causal)
+        self._mask_key, self._bias_key = repr(value.mask), f"{self.position.key} {value.mask!r}"
+
+    @property
+    def by_length(self) -> bool:
+        return self.position.by_length
+
+    def regime(self, length: int) -> int:
+        return self.position.regime(length)
+
+    def rules(self) -> dict[str, ParameterRule]:
+        return {} if self.sinks is None else {"sinks": ParameterRule(constant(0.0), "vector")}
 
     def prepare(self, context: Context) -> None:
         context.visibility(self.value.mask)
-        if isinstance(self.value.position, RoPE):
-            position = self.value.position
-            context.once(self._rotary_key, lambda: position.angles(context.positions, self.channels))
+        self.position.prepare(context)
+        bias = self.position.bias(context)
+        if bias is not None:
+            visible, keys = context.prepared[self._mask_key], context.past + context.time
+            context.once(self._bias_key, lambda: added(bias, visible, context.time, keys))
 
     def forward(self, x: torch.Tensor, context: Context, state: LayerState | None = None) -> torch.Tensor:
         batch, time, _ = x.shape
@@ -96,18 +114,17 @@ class AttentionModule(MixerModule):
         return self.site("out", self.out(y.reshape(batch, time, -1)))
 
     def _place(self, x: torch.Tensor, norm: NormModule | None, context: Context) -> torch.Tensor:
-        """Normalise and rotate (B, T, H, C)."""
-        if norm is not None:
-            x = norm(x)
-        if not isinstance(self.value.position, RoPE):
-            return x
-        return kernels.rotate(x, *context.prepared[self._rotary_key])
+        """Normalise and place (B, T, H, C)."""
+        return self.position.place(x if norm is None else norm(x), context)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:
-        visible = context.prepared[self._mask_key]
-        if "pattern" not in self.watched and self.value.softcap is None:
-            return attend(q, k, v, visible, scale=self.value.scale)
-        made = pattern(q, k, visible, scale=self.value.scale, softcap=self.value.softcap)
+        visible, bias = context.prepared[self._mask_key], context.prepared.get(self._bias_key)
+        if bias is not None:
+            visible = Visibility(None, causal=False)  # the mask is part of the bias
+        if "pattern" not in self.watched and self.value.softcap is None and self.sinks is None:
+            return attend(q, k, v, visible, scale=self.value.scale, bias=bias)
+        cap, sinks = self.value.softcap, self.sinks
+        made = pattern(q, k, visible, scale=self.value.scale, bias=bias, softcap=cap, sinks=sinks)
         return weigh(self.site("pattern", made), v)
 
     def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> KeyValueState:
@@ -125,9 +142,11 @@ class AttentionModule(MixerModule):
                 one = norm.cost(label)
                 activation = one.activation_bytes * heads
                 parts.append(Cost(label, one.parameters, one.flops * heads, activation, 0.0, one.shape))
-        if isinstance(self.value.position, RoPE):
-            rotated = (self.heads + self.kv_heads) * self.channels
-            parts.append(Cost("rotate", 0, 3.0 * rotated))
+        position = self.position.cost("position", self.heads + self.kv_heads)
+        if position is not None:
+            parts.append(position)
+        if self.sinks is not None:
+            parts.append(Cost("sinks", self.heads))
         if self.value.mask.causal:
             parts.append(Cost("cache", state_bytes=2.0 * 2 * self.kv_heads * self.channels))
         return Cost.sum(name, tuple(parts), f"{self.heads} heads of {self.channels}, {self.kv_heads} key–value")

@@ -72,6 +72,11 @@ class Block(Value):
             raise ValueError("a norm shared by the branches (pre) needs parallel: true")
         return self
 
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """What adds to the stream, in order."""
+        return tuple(slot for name in type(self).model_fields if isinstance(slot := getattr(self, name), Branch))
+
     def build(self, width: int) -> "BlockModule":
         return BlockModule(self, width)
 

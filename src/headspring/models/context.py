@@ -62,7 +62,8 @@ class Context:
         segments: torch.Tensor | None,
         padding: torch.Tensor | None,
         device: torch.device,
-        **memory: torch.Tensor | None,
+        memory: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
     ) -> "Context":
         """Work out the positions."""
         query = torch.arange(past, past + time, device=device)
@@ -73,7 +74,7 @@ class Context:
             first = torch.where(starts, query, 0).cummax(dim=1).values
         if padding is not None:
             first = torch.maximum(first, padding[:, None])
-        return Context(time, past, (query - first).clamp(min=0), segments, padding, **memory)
+        return Context(time, past, (query - first).clamp(min=0), segments, padding, memory, memory_mask)
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """What `make()` gives, worked out for the first part that asks for `key`."""

@@ -1,19 +1,23 @@
-"""Feed-forward parts: SwiGLU (arXiv 2002.05202) and the plain two-matrix MLP."""
+"""Feed-forward parts: gated ones (SwiGLU, GeGLU, arXiv 2002.05202) and the plain two-matrix MLP."""
 
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch.nn.functional import gelu, relu
+from torch.nn.functional import gelu, relu, silu
 
 from headspring.artifacts.value import Variant
 from headspring.models import kernels
 from headspring.models.part import Cost, Linear, PartModule
 
+Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "tanh"]
 ACTIVATIONS = {
-    "relu2": lambda x: relu(x).square(),
-    "gelu": gelu,
-    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
+    "relu": relu,
+    "relu2": lambda x: relu(x).square(),  # arXiv 2109.08668
+    "gelu": gelu,  # arXiv 1606.08415: x Φ(x) itself
+    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),  # and its approximation, in GPT-2, BLOOM and Gemma
+    "silu": silu,
+    "tanh": torch.tanh,
 }
 
 
@@ -34,13 +38,27 @@ class FeedForwardModule(PartModule):
 
 
 class SwiGLU(FeedForward):
-    """out(silu(gate x) ⊙ (up x)) with `hidden` channels."""
+    """out(silu(gate x) ⊙ (up x)) with `hidden` channels: the gated form that most models have."""
 
     kind: Literal["swiglu"] = "swiglu"
     hidden: int = Field(gt=0)
+    bias: bool = False
 
-    def build(self, width: int) -> "SwiGLUModule":
-        return SwiGLUModule(self, width)
+    def build(self, width: int) -> "GatedModule":
+        return GatedModule(width, self.hidden, "silu", self.bias)
+
+
+class Gated(FeedForward):
+    """out(activation(gate x) ⊙ (up x)) with `hidden` channels. GeGLU is the one with gelu (ModernBERT), or with gelu_tanh
+    (Gemma, T5 v1.1)."""
+
+    kind: Literal["gated"] = "gated"
+    hidden: int = Field(gt=0)
+    activation: Activation = "silu"
+    bias: bool = False
+
+    def build(self, width: int) -> "GatedModule":
+        return GatedModule(width, self.hidden, self.activation, self.bias)
 
 
 class MLP(FeedForward):
@@ -48,26 +66,27 @@ class MLP(FeedForward):
 
     kind: Literal["mlp"] = "mlp"
     hidden: int = Field(gt=0)
-    activation: Literal["relu2", "gelu", "gelu_tanh"] = "relu2"
+    activation: Activation = "relu2"
     bias: bool = False
 
     def build(self, width: int) -> "MLPModule":
         return MLPModule(self, width)
 
 
-class SwiGLUModule(FeedForwardModule):
+class GatedModule(FeedForwardModule):
     """x (B, T, D) → (B, T, D)."""
 
-    def __init__(self, value: SwiGLU, width: int):
+    def __init__(self, width: int, hidden: int, activation: Activation, bias: bool):
         super().__init__()
-        self.gate = Linear(width, value.hidden)
-        self.up = Linear(width, value.hidden)
-        self.out = Linear(value.hidden, width, std=0.0)
+        self.gate = Linear(width, hidden, bias=bias)
+        self.up = Linear(width, hidden, bias=bias)
+        self.out = Linear(hidden, width, bias=bias, std=0.0)
+        self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.site("gate", self.gate(x)), self.up(x)
-        act = self.site("act", kernels.silu_multiply(gate, up))
-        return self.site("out", self.out(act))
+        act = kernels.silu_multiply(gate, up) if self.activation == "silu" else ACTIVATIONS[self.activation](gate) * up
+        return self.site("out", self.out(self.site("act", act)))
 
     def cost(self, name: str) -> Cost:
         hidden = self.gate.weight.shape[0]

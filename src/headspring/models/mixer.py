@@ -17,16 +17,31 @@ from headspring.models.state import LayerState
 
 
 class Mixer(Variant):
-    """The value of a mixer."""
+    """The value of a mixer. `causal`: no token is moved by one that comes after it."""
+
+    @property
+    def causal(self) -> bool:
+        return True
 
     def build(self, width: int) -> "MixerModule":
         raise NotImplementedError
 
 
 class MixerModule(PartModule):
-    """x (B, T, D) → (B, T, D). `site_names` are those of its activations that can be seen and edited; `out` is the last."""
+    """x (B, T, D) → (B, T, D). `site_names` are those of its activations that can be seen and edited; `out` is the last.
+    Together those of `cut` determine it."""
 
     site_names: tuple[str, ...] = ("out",)
+    cut: tuple[str, ...] = ("q", "k", "v")
+
+    @property
+    def by_length(self) -> bool:
+        """Whether what it makes of a token depends on how many tokens there are; then see `regime`."""
+        return False
+
+    def regime(self, length: int) -> int:
+        """Sequences of lengths with the same number are read alike. Where it changes, a state is read anew."""
+        return 0
 
     def prepare(self, context: Context) -> None:
         """Put what this mixer needs of the context into it, unless another layer has done so."""

@@ -7,7 +7,7 @@ takes the head in chunks. To add a family of models: a value that derives from `
 `ModelModule` and ends its construction with `complete()`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +26,16 @@ class Model(Variant):
     vocab: int = Field(gt=0)
     width: int = Field(gt=0)
     context: int = Field(2048, gt=0)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees what follows it: such a model predicts the next token, and text can be continued with it."""
+        return True
+
+    @property
+    def counted(self) -> bool:
+        """Whether it learns by counting documents and not by gradients."""
+        return False
 
     def module(self) -> "ModelModule":
         """The module, with memory for its weights that nothing has filled."""
@@ -60,6 +70,8 @@ class ModelModule(PartModule):
         missing = {name for name, _ in self.named_parameters()} ^ set(self.rules_by_name)
         if missing:
             raise ValueError(f"parameters without a rule, or rules without a parameter: {sorted(missing)}")
+        for name, parameter in self.named_parameters():
+            self.rules_by_name[name] = self.adjusted(name, parameter.shape, self.rules_by_name[name])
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -69,6 +81,10 @@ class ModelModule(PartModule):
             self.rules_by_name[name].init(parameter, generator)
 
     # ---- what a family says of itself
+
+    def adjusted(self, name: str, shape: Sequence[int], rule: ParameterRule) -> ParameterRule:
+        """The rule of a parameter as this model wants it, given what its part declares."""
+        return rule
 
     def owners(self) -> Iterator[tuple[str, PartModule, tuple[str, ...]]]:
         """The modules that have sites: prefix, module, names."""
@@ -92,6 +108,20 @@ class ModelModule(PartModule):
         """An empty memory for `batch` rows of up to `capacity` tokens (default: the model's context)."""
         raise NotImplementedError
 
+    def _check_state(
+        self, state: State, time: int, segments: torch.Tensor | None, padding: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The padding of the state's rows, noted with its first tokens."""
+        if segments is not None:
+            raise ValueError("segments cannot be used with a state: documents would see each other's cache")
+        if state.length + time > self.config.context:
+            raise ValueError(f"{state.length + time} tokens are more than the model's context of {self.config.context}")
+        if padding is not None:
+            if state.length:
+                raise ValueError("padding is given with the first tokens of a state only")
+            state.padding = padding
+        return state.padding
+
     def blocks(self) -> Iterable[nn.Module]:
         """The repeated parts that `torch.compile` is worth running on."""
         raise NotImplementedError
@@ -103,8 +133,8 @@ class ModelModule(PartModule):
     # ---- from hidden states to logits
 
     @property
-    def output_weight(self) -> torch.Tensor:
-        """The matrix (V, D) that turns hidden states into logits."""
+    def output_weight(self) -> torch.Tensor | None:
+        """The matrix (V, D) that turns hidden states into logits; None where they are logits already."""
         raise NotImplementedError
 
     @property
@@ -124,6 +154,8 @@ class ModelModule(PartModule):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., D) → (..., V) float32."""
         hidden = self.head_input(hidden)
+        if self.output_weight is None:
+            return hidden.float()
         bias = None if self.output_bias is None else self.output_bias.to(hidden.dtype)
         logits = nn.functional.linear(hidden, self.output_weight.to(hidden.dtype), bias).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

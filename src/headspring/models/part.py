@@ -22,11 +22,16 @@ Group = Literal["matrix", "embedding", "head", "vector"]
 class ParameterRule:
     """How a parameter starts and which optimizer group trains it.
 
-    `matrix` parameters are hidden matrices (Muon's domain), `vector` gains and biases.
+    `matrix` parameters are hidden matrices (Muon's domain), `vector` gains and biases. An ordinary matrix says how many
+    `inputs` each of its outputs reads and whether it `writes` to the residual stream; an `Init` may choose another start for
+    it. `rate` multiplies the learning rate under AdamW.
     """
 
     init: Callable[[torch.Tensor, torch.Generator], object]
     group: Group
+    inputs: int | None = None
+    writes: bool = False
+    rate: float = 1.0
 
 
 def normal(std: float) -> Callable[[torch.Tensor, torch.Generator], object]:
@@ -44,7 +49,9 @@ class Cost:
     """What one part costs in a forward pass.
 
     `flops` multiply–adds count two, per token; `activation_bytes` that a backward pass keeps, per token, at two bytes an
-    element; `state_bytes` of the cache, per token, at two bytes an element. `children` sum to the part.
+    element; `state_bytes` of the cache, per token, at two bytes an element; `fixed_state_bytes` of a memory that does not grow,
+    per sequence, two bytes an element but four where it is kept in float32 whatever the activations;
+    `idle_parameters` are those of experts that a token does not go to. `children` sum to the part.
     """
 
     name: str
@@ -54,6 +61,13 @@ class Cost:
     state_bytes: float = 0.0
     shape: str = ""
     children: tuple["Cost", ...] = ()
+    fixed_state_bytes: float = 0.0
+    idle_parameters: int = 0
+
+    @property
+    def active_parameters(self) -> int:
+        """The parameters that one token uses."""
+        return self.parameters - self.idle_parameters
 
     @staticmethod
     def sum(name: str, children: "tuple[Cost, ...]", shape: str = "") -> "Cost":
@@ -68,6 +82,8 @@ class Cost:
             total("state_bytes"),
             shape,
             children,
+            total("fixed_state_bytes"),
+            int(total("idle_parameters")),
         )
 
 
@@ -92,7 +108,10 @@ class PartModule(nn.Module):
 
 
 class Linear(PartModule):
-    """y = x Wᵀ + b, computed in the dtype of `x`: the parameters stay in the precision they are trained in."""
+    """y = x Wᵀ + b, computed in the dtype of `x`: the parameters stay in the precision they are trained in.
+
+    `std` 0 is for matrices whose output is added to the residual stream: by default they start as nothing.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, std: float | None = None):
         super().__init__()
@@ -102,7 +121,7 @@ class Linear(PartModule):
 
     def rules(self) -> dict[str, ParameterRule]:
         weight = constant(0.0) if self.std == 0 else normal(self.std)
-        rules = {"weight": ParameterRule(weight, "matrix")}
+        rules = {"weight": ParameterRule(weight, "matrix", inputs=self.weight.shape[1], writes=self.std == 0)}
         if self.bias is not None:
             rules["bias"] = ParameterRule(constant(0.0), "vector")
         return rules

@@ -136,6 +136,7 @@ class State:
         self.padding: torch.Tensor | None = None  # (B,) int64
         self.tokens = torch.zeros(batch, 0, dtype=torch.int64, device=device)  # all that were read, (B, length)
         self.pending = 0  # tokens at the end of `tokens` that the layers must read again
+        self.reach = 0  # length of the sequences for which the layers' memory was made
 
     @property
     def length(self) -> int:
@@ -150,7 +151,7 @@ class State:
         """Note (B, T) new tokens; returns what the layers have to read: those that a rewind left over come first."""
         assert self.length + tokens.shape[1] <= self.capacity, f"{self.length} + {tokens.shape[1]} > {self.capacity} tokens"
         self.tokens = torch.cat([self.tokens, tokens], dim=1)
-        unread, self.pending = tokens.shape[1] + self.pending, 0
+        unread, self.pending, self.reach = tokens.shape[1] + self.pending, 0, self.length
         return self.tokens[:, self.length - unread :]
 
     def select(self, rows: torch.Tensor) -> None:
@@ -175,6 +176,10 @@ class State:
         for layer in self.layers:
             layer.rewind_to(min(boundary, layer.length))
         self.tokens, self.pending = self.tokens[:, :kept], kept - boundary
+
+    def restart(self, layers: list[LayerState]) -> None:
+        """Take empty layers, which the next call fills with all tokens again."""
+        self.layers, self.pending = layers, self.length
 
     @property
     def bytes(self) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from headspring.artifacts import UserError
 from headspring.data.batch import IGNORE, Visit
-from headspring.data.permutation import Permutation, permutation
+from headspring.data.permutation import Epochs
 from headspring.posttraining.pairs import Pair
 
 
@@ -58,10 +58,10 @@ def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -
 
 
 class PreferencePairs:
-    """A `SampleSource` of pairs: epoch after epoch in a new seeded order, `num_samples` in all.
+    """A `SampleSource` of pairs: epoch after epoch in a new seeded order, `num_samples` in all (None: one epoch).
 
     `reference` is (n, 2) float: the frozen reference's log-probability of each pair's chosen and rejected answer.
-    Pairs longer than `sequence_length` are dropped and counted. Give `num_samples` or `epochs`, not both."""
+    Pairs longer than `sequence_length` are dropped and counted."""
 
     def __init__(
         self,
@@ -71,10 +71,7 @@ class PreferencePairs:
         sequence_length: int,
         seed: int = 0,
         num_samples: int | None = None,
-        epochs: int | None = None,
     ):
-        if (num_samples is None) == (epochs is None):
-            raise ValueError("give num_samples or epochs, one of the two")
         if reference.shape != (len(pairs), 2):
             raise ValueError(f"reference has shape {reference.shape}, expected ({len(pairs)}, 2)")
         kept = [index for index, pair in enumerate(pairs) if pair.length <= sequence_length]
@@ -82,17 +79,17 @@ class PreferencePairs:
             raise UserError(f"none of {len(pairs)} pairs fits into {sequence_length} tokens; raise sequence_length")
         self.pairs = [pairs[index] for index in kept]
         self.dropped = len(pairs) - len(kept)
-        self.sequence_length, self.seed = sequence_length, seed
+        self.sequence_length = sequence_length
         self._reference, self._pad = reference[kept], pad_id
-        self.num_samples = num_samples if num_samples is not None else (epochs or 0) * len(self.pairs)
+        self._order = Epochs(len(kept), "pairs", seed)
+        self.num_samples = len(kept) if num_samples is None else num_samples
 
     def __len__(self) -> int:
         return self.num_samples
 
     def sample(self, index: int) -> PairSample:
         """Pair `index` of the stream; pure, and defined for every index ≥ 0."""
-        epoch, place = divmod(index, len(self.pairs))
-        item = self._order(epoch)(place)
+        item = self._order(index)
         chosen, rejected = self._reference[item].tolist()
         return PairSample(self.pairs[item], chosen, rejected)
 
@@ -106,17 +103,12 @@ class PreferencePairs:
 
     def where(self, document_id: str) -> list[Visit]:
         """Every visit among the `num_samples` samples, two a sample: the chosen row's inputs and the rejected row's."""
-        epochs = -(-self.num_samples // len(self.pairs))
         visits = []
         for item, pair in enumerate(self.pairs):
             if pair.document_id != document_id:
                 continue
-            samples = [epoch * len(self.pairs) + self._order(epoch).inverse(item) for epoch in range(epochs)]
-            for index in (sample for sample in samples if sample < self.num_samples):
+            for index in self._order.places(item, self.num_samples):
                 for start, ids in ((0, pair.chosen_ids), (self.sequence_length, pair.rejected_ids)):
                     end = start + len(pair.prompt_ids) + len(ids) - 1
                     visits.append(Visit(index, start, end, pair.byte_start, pair.byte_end))
         return sorted(visits, key=lambda visit: (visit.sample, visit.start))
-
-    def _order(self, epoch: int) -> Permutation:
-        return permutation(len(self.pairs), "pairs", self.seed, epoch)

@@ -16,6 +16,7 @@ Role = Literal["system", "user", "assistant"]
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 CONTROL_TOKENS = (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END)
+MASK = "<|mask|>"  # stands for a hidden token; only in vocabularies made for encoders
 ROLE_TOKENS: dict[str, str] = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 
 

@@ -59,8 +59,8 @@ class Scheme:
 
 def scheme_of(description: dict[str, Any]) -> Scheme:
     """The scheme of a parsed `tokenizer.json`."""
-    decoders = _flatten(description.get("decoder"), "decoders")
-    before = _flatten(description.get("pre_tokenizer"), "pretokenizers")
+    decoders = flatten(description.get("decoder"), "decoders")
+    before = flatten(description.get("pre_tokenizer"), "pretokenizers")
     types = {part["type"] for part in decoders}
     if "ByteLevel" in types:
         prefix = any(part["type"] == "ByteLevel" and part.get("add_prefix_space") for part in before)
@@ -80,11 +80,11 @@ def scheme_of(description: dict[str, Any]) -> Scheme:
     return Scheme("plain", exact=False)
 
 
-def _flatten(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+def flatten(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     if part is None:
         return []
     if part["type"] == "Sequence":
-        return [leaf for child in part[key] for leaf in _flatten(child, key)]
+        return [leaf for child in part[key] for leaf in flatten(child, key)]
     return [part]
 
 

@@ -20,6 +20,7 @@ from headspring.artifacts.files import write_atomic, write_json
 from headspring.text import chat
 from headspring.tokenization import rendering, splitting
 from headspring.tokenization.pieces import BYTE_PIECE, scheme_of, spans_from_lengths, spans_from_offsets
+from headspring.tokenization.ranks import RankEncoder, rank_encoder
 from headspring.tokenization.stream import StreamDecoder
 from headspring.tokenization.typed import control_tokens, plain_twin, unknown_token
 
@@ -27,8 +28,9 @@ from headspring.tokenization.typed import control_tokens, plain_twin, unknown_to
 class Tokenizer:
     """Text ↔ ids.
 
-    `library` is the wrapped tokenizer. `bos_token`, `eos_token`, `pad_token` and `chat_template` are names a foreign
-    tokenizer gave in its `tokenizer_config.json`; Headspring's own control tokens are found by their names.
+    `library` is the wrapped tokenizer. `bos_token`, `eos_token`, `pad_token`, `mask_token` and `chat_template` are names a
+    foreign tokenizer gave in its `tokenizer_config.json`; Headspring's own control tokens are found by their names.
+    `add_bos`: whether a prompt begins with the bos; some name one for their chat template only.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class Tokenizer:
         eos_token: str | None = None,
         pad_token: str | None = None,
         chat_template: str | None = None,
+        add_bos: bool = True,
+        mask_token: str | None = None,
     ):
         self.library = library
         self.description: dict[str, Any] = json.loads(library.to_str())
@@ -45,9 +49,11 @@ class Tokenizer:
         self.control_ids = frozenset(self.control.values())
         self.scheme = scheme_of(self.description)
         self.chat_template = chat_template
+        self.add_bos = add_bos
         self.bos_token = self._known(bos_token, chat.BOS)
         self.eos_token = self._known(eos_token, chat.EOS)
         self.pad_token = self._known(pad_token, chat.PAD)
+        self.mask_token = self._known(mask_token, chat.MASK)
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._twin, self._renumber = plain_twin(self.description, self.control)
         self._bytes = self._token_bytes()
@@ -55,7 +61,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """A tokenizer folder, a run, a `tokenizer.json`, SentencePiece `*.model`, `vocab.txt` or `merges.txt`."""
+        """A tokenizer folder, a run, a `tokenizer.json`, SentencePiece `*.model`, `vocab.txt`, `merges.txt` or `.gguf`."""
         from headspring.tokenization.formats import load
 
         return load(Path(path))
@@ -69,6 +75,8 @@ class Tokenizer:
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "pad_token": self.pad_token,
+            "mask_token": self.mask_token,
+            "add_bos_token": None if self.add_bos else False,
             "unk_token": unknown_token(self.description),
             "additional_special_tokens": list(self.control),
             "chat_template": self.template,
@@ -95,6 +103,11 @@ class Tokenizer:
     def pad_id(self) -> int | None:
         return self.control.get(self.pad_token or "")
 
+    @property
+    def mask_id(self) -> int | None:
+        """The id that stands for a hidden token; None where the tokenizer was not made for encoders."""
+        return self.control.get(self.mask_token or "")
+
     @cached_property
     def end_id(self) -> int | None:
         """The control token that ends a turn: `<|end|>`, or what a foreign chat template writes after a message."""
@@ -106,6 +119,17 @@ class Tokenizer:
         rendered = rendering.render(self, turns)
         ends = [int(i) for i in rendered.ids[rendered.trained] if i in self.control_ids]
         return ends[0] if ends else None
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What a whole text stands between: what the file's own post-processor writes (`[CLS]` … `[SEP]`), or, where there
+        is none, what a training document has (`<|bos|>` … `<|eos|>`)."""
+        if self.library.post_processor is None:
+            return [i for i in (self.bos_id,) if i is not None], [i for i in (self.eos_id,) if i is not None]
+        plain = self._twin.encode("a", add_special_tokens=False)
+        inside, framed = list(plain.ids), self.library.post_processor.process(plain).ids
+        start = next(i for i in range(len(framed)) if framed[i : i + len(inside)] == inside)
+        return framed[:start], framed[start + len(inside) :]
 
     @property
     def template(self) -> str | None:
@@ -123,6 +147,10 @@ class Tokenizer:
     def spells_bytes(self) -> bool:
         """Whether tokens store their spaces, so that text is the tokens' bytes joined."""
         return self.scheme.family in ("byte-level", "sentencepiece")
+
+    def is_byte_piece(self, id: int) -> bool:
+        """Whether the token is a lone byte in SentencePiece's spelling, such as `<0x0A>`."""
+        return bool(self._is_byte[id])
 
     def token(self, id: int) -> str:
         """The vocabulary's own spelling of a token, such as `Ġthe`; "" for an id that was never assigned."""
@@ -151,6 +179,11 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts, on all threads the library was given."""
+        if isinstance(texts, str) or self._ranks is None:
+            return self._encode_with_library(texts)
+        return self._ranks.encode_batch(texts, otherwise=self._encode_with_library)
+
+    def _encode_with_library(self, texts: Sequence[str]) -> list[list[int]]:
         joined: list[list[int]] = [[] for _ in texts]
         for index, encoding in self._encodings(texts, offsets=False):
             joined[index] += self._ids(encoding)
@@ -199,6 +232,10 @@ class Tokenizer:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     @cached_property
+    def _ranks(self) -> RankEncoder | None:
+        return rank_encoder(self.description, self._twin, self.control)
+
+    @cached_property
     def _sorted_bytes(self) -> tuple[list[bytes], list[int]]:
         pairs = [(piece, i) for i, piece in enumerate(self._bytes) if piece and i not in self.control_ids]
         pairs = sorted(pair for pair in pairs if pair[1] != self.unk_id)
@@ -220,9 +257,7 @@ class Tokenizer:
         try:
             encodings = run([part for _, part in chunks], add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
-            raise UserError(
-                "text with lone surrogates is not Unicode; decode its bytes with errors='replace'"
-            ) from error
+            raise UserError("text with lone surrogates is not Unicode; decode its bytes with errors='replace'") from error
         return zip((index for index, _ in chunks), encodings, strict=True)
 
     def _ids(self, encoding: Any) -> list[int]:

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from headspring.artifacts import UserError, Value
-from headspring.text.chat import CONTROL_TOKENS
+from headspring.text.chat import CONTROL_TOKENS, MASK
 from headspring.tokenization.pieces import META
 from headspring.tokenization.splitting import DIGITS, DigitPolicy, chunks, split_pattern
 from headspring.tokenization.tokenizer import Tokenizer
@@ -32,13 +32,17 @@ _BYTE_PIECE_ALPHABET = list("<0x123456789ABCDEF>")
 
 
 class TokenizerConfig(Value):
-    """What to train. `vocab_size` counts everything: control tokens, the 256 bytes, the unknown token."""
+    """What to train. `vocab_size` counts everything: control tokens, the 256 bytes, the unknown token.
+
+    `mask` adds the control token that stands for a hidden token, which training an encoder needs.
+    """
 
     kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
     vocab_size: int = Field(default=4096, gt=0)
     min_frequency: int = Field(default=2, ge=1)
     digits: DigitPolicy = "pairs"
     byte_fallback: bool | None = None  # unigram only; None means yes there
+    mask: bool = False
 
     @model_validator(mode="after")
     def _byte_fallback_is_for_unigram(self) -> "TokenizerConfig":
@@ -47,6 +51,10 @@ class TokenizerConfig(Value):
         if self.min_frequency != 2 and self.kind == "unigram":
             raise ValueError("min_frequency belongs to bpe and wordpiece: unigram prunes by likelihood; leave it out")
         return self
+
+    @property
+    def control(self) -> tuple[str, ...]:
+        return (*CONTROL_TOKENS, MASK) if self.mask else CONTROL_TOKENS
 
     @property
     def falls_back_to_bytes(self) -> bool:
@@ -64,18 +72,18 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         raise UserError("the corpus for the tokenizer is empty: give it documents with text")
     counter = _Counter()
     train = {"bpe": _train_bpe, "wordpiece": _train_wordpiece, "unigram": _train_unigram}[config.kind]
-    size = config.vocab_size - len(CONTROL_TOKENS)
+    size = config.vocab_size - len(config.control)
     library = train(counter.count(chain([first], filled)), config, size)
     _check_size(library.get_vocab_size(), size, config, counter)
-    library.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    library.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in config.control])
     return Tokenizer(library)
 
 
 def _smallest(config: TokenizerConfig) -> int:
     """Control tokens, the unknown token, the bytes where they are part of the vocabulary, and something learned."""
     if config.kind == "bpe":
-        return len(CONTROL_TOKENS) + BYTES
-    return len(CONTROL_TOKENS) + 1 + (BYTES + len(_BYTE_PIECE_ALPHABET) if config.falls_back_to_bytes else 1)
+        return len(config.control) + BYTES
+    return len(config.control) + 1 + (BYTES + len(_BYTE_PIECE_ALPHABET) if config.falls_back_to_bytes else 1)
 
 
 def _train_bpe(texts: Iterator[str], config: TokenizerConfig, size: int) -> LibraryTokenizer:
@@ -156,11 +164,11 @@ class _Counter:
 
 def _check_size(found: int, wanted: int, config: TokenizerConfig, counter: _Counter) -> None:
     if found > wanted:
-        least = found + len(CONTROL_TOKENS)
+        least = found + len(config.control)
         needs = f"{config.kind} needs at least {least}"
         raise UserError(f"vocab_size={config.vocab_size} does not hold this corpus's characters: {needs}")
     if found < wanted:
-        largest = found + len(CONTROL_TOKENS)
+        largest = found + len(config.control)
         possible = f"{found - BYTES} merges were" if config.kind == "bpe" else f"{found} pieces were"
         raise UserError(
             f"vocab_size={config.vocab_size} is larger than this corpus of {counter.characters} characters supports: "

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from headspring.artifacts.errors import UserError
 from headspring.data.batch import IGNORE, collate
 from headspring.models.model import ModelModule
 from headspring.models.scoring import cross_entropy_sum
@@ -28,18 +29,31 @@ class Objective(Protocol):
 class NextToken:
     """Cross-entropy of the next token over targets that are not IGNORE: pretraining and SFT."""
 
+    needs_causal = True  # a model that sees what follows would only copy it
+
     def count(self, batch: Any) -> int:
         return int((batch.targets != IGNORE).sum())
 
     def loss(self, model: ModelModule, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if self.needs_causal and not model.config.causal:
+            raise UserError(f"a model of kind {model.config.kind!r} sees the next token and cannot be trained to predict it")
         hidden = model(batch.inputs, segments=batch.segments)
         return cross_entropy_sum(model, hidden, batch.targets), {}
 
 
 @torch.inference_mode()
-def held_out_loss(model: Any, data: Any, num_samples: int, batch_size: int, dtype: torch.dtype, document_mask: bool) -> float:
-    """Mean cross-entropy, nats a trained token, over samples 0 … num_samples − 1 of `data`, with activations in `dtype`."""
-    objective, nats, count = NextToken(), 0.0, 0
+def held_out_loss(
+    model: Any,
+    data: Any,
+    num_samples: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    document_mask: bool,
+    objective: Objective | None = None,
+) -> float:
+    """Mean loss (default: of the next token), nats a trained token, over samples 0 … num_samples − 1 of `data`, with
+    activations in `dtype`."""
+    objective, nats, count = objective or NextToken(), 0.0, 0
     with model.computing_in(dtype):
         for start in range(0, num_samples, batch_size):
             indices = range(start, min(start + batch_size, num_samples))

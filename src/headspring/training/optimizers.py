@@ -54,19 +54,22 @@ OptimizerConfig = Annotated[AdamW | Muon, Field(discriminator="kind")]
 def build_optimizers(model: ModelModule, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Optimizers that together hold every trainable parameter exactly once."""
     groups: dict[str, list[nn.Parameter]] = defaultdict(list)
+    multipliers: dict[nn.Parameter, float] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[model.rules_by_name[name].group].append(parameter)
+            rule = model.rules_by_name[name]
+            groups[rule.group].append(parameter)
+            multipliers[parameter] = rule.rate
     if isinstance(config, AdamW):
         decayed = [*groups["matrix"], *groups["embedding"], *groups["head"]]
         rate, decay = config.learning_rate, config.weight_decay
         optimizers: list[torch.optim.Optimizer] = [
-            _adamw([(decayed, rate, decay), (groups["vector"], rate, 0.0)], config.betas, config.epsilon)
+            _adamw([(decayed, rate, decay), (groups["vector"], rate, 0.0)], multipliers, config.betas, config.epsilon)
         ]
     else:
         rates = {"embedding": config.embedding_rate, "head": config.head_rate, "vector": config.vector_rate}
         rest = [(groups[name], rate, 0.0) for name, rate in rates.items()]
-        optimizers = [_adamw(rest, config.betas, config.epsilon)]
+        optimizers = [_adamw(rest, multipliers, config.betas, config.epsilon)]
         if groups["matrix"]:
             optimizers.append(MuonOptimizer(groups["matrix"], config))
     _assert_complete(model, optimizers)
@@ -76,8 +79,15 @@ def build_optimizers(model: ModelModule, config: OptimizerConfig) -> list[torch.
     return optimizers
 
 
-def _adamw(groups: Iterable[tuple[list[nn.Parameter], float, float]], betas, epsilon) -> torch.optim.AdamW:
-    settings = [{"params": params, "lr": rate, "weight_decay": decay} for params, rate, decay in groups if params]
+def _adamw(
+    groups: Iterable[tuple[list[nn.Parameter], float, float]], multipliers: dict[nn.Parameter, float], betas, epsilon
+) -> torch.optim.AdamW:
+    """One group of settings for each rate. The decay of a step, rate · weight_decay, does not depend on the multiplier."""
+    settings = []
+    for params, rate, decay in groups:
+        for multiplier in sorted({multipliers[p] for p in params}, reverse=True):
+            same = [p for p in params if multipliers[p] == multiplier]
+            settings.append({"params": same, "lr": rate * multiplier, "weight_decay": decay / multiplier})
     return torch.optim.AdamW(settings, betas=betas, eps=epsilon, fused=True)
 
 
@@ -88,7 +98,7 @@ def _assert_complete(model: ModelModule, optimizers: list[torch.optim.Optimizer]
 
 
 class MuonOptimizer(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised. Matrices (m, n) of equal shape are updated together."""
+    """Nesterov momentum, orthogonalised. Matrices (m, n) of equal shape are updated together; (E, m, n) are E of them."""
 
     def __init__(self, parameters: list[nn.Parameter], config: Muon):
         defaults = {
@@ -118,8 +128,9 @@ class MuonOptimizer(torch.optim.Optimizer):
             gradients = [p.grad for p in params]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
-            directions = orthogonalise(torch.stack(updates), group["steps"])
-            rows, columns = params[0].shape
+            stacked = torch.stack(updates)
+            directions = orthogonalise(stacked.flatten(0, -3), group["steps"]).view_as(stacked)
+            rows, columns = params[0].shape[-2:]
             scale = max(1.0, rows / columns) ** 0.5
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])

@@ -61,8 +61,7 @@ def verdicts(run: RunView) -> list[Verdict]:
     """One verdict for each finished trained stage for which both sides were measured."""
     found = []
     for stage in run.of_kind(*TRAINED_KINDS):
-        judge = {"pretrain": _judge_pretrain, "sft": _judge_sft, "preference": _judge_preference}[stage.kind]
-        verdict = judge(run, stage)
+        verdict = _JUDGES[stage.kind](run, stage)
         if verdict:
             found.append(verdict)
     return found
@@ -73,8 +72,10 @@ def _judge_pretrain(run: RunView, stage: StageView) -> Verdict | None:
     if before and after and "bits_per_byte" in after.metrics:
         levels = (lookup(each.metrics, "bits_per_byte.all") for each in (before, after))
         return _judge_level(stage, "held-out bits per byte", *levels)
-    levels = (lookup(stage.metrics, f"validation_{when}.bits_per_byte") for when in ("before", "after"))
-    return _judge_level(stage, "validation bits per byte", *levels)
+    hidden = lookup(stage.metrics, "validation_after.bits_per_byte") is None  # an encoder's: tokens guessed from both sides
+    name, metric = ("loss", "loss, nats a hidden token") if hidden else ("bits_per_byte", "bits per byte")
+    levels = (lookup(stage.metrics, f"validation_{when}.{name}") for when in ("before", "after"))
+    return _judge_level(stage, f"validation {metric}", *levels)
 
 
 def _judge_sft(run: RunView, stage: StageView) -> Verdict | None:
@@ -91,6 +92,22 @@ def _judge_preference(run: RunView, stage: StageView) -> Verdict | None:
         metric, ends = "held-out answers that keep the rule", _interval(rule["difference"])
         return _judge_rate(stage, metric, rule["before"], rule["after"], ends)
     return _judge_sft(run, stage)
+
+
+def _judge_contrastive(run: RunView, stage: StageView) -> Verdict | None:
+    found = lookup(stage.metrics, "retrieval")
+    if found is None:
+        return None
+    ends = _interval(found["difference"])
+    return _judge_rate(stage, "held-out sources found first", found["before"], found["after"], ends)
+
+
+_JUDGES = {
+    "pretrain": _judge_pretrain,
+    "sft": _judge_sft,
+    "preference": _judge_preference,
+    "contrastive": _judge_contrastive,
+}
 
 
 def _accuracies(before: StageView, after: StageView) -> tuple[Any, Any]:

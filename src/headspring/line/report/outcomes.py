@@ -71,6 +71,7 @@ _LINES = {
     "pretrain": _trained,
     "sft": _trained,
     "preference": _trained,
+    "contrastive": _trained,
     "evaluate": _evaluate,
     "baselines": _baselines,
 }

@@ -1,12 +1,20 @@
-"""Dialects: the same model as other projects write it down. Now: the Llama line of Hugging Face `transformers`.
+"""Dialects: the same model as Hugging Face `transformers` writes it down. (GGUF has a room of its own, `gguf/`.)
 
-A dialect is one table of reversible rules for the tensors (`rules`) and one reading of the config (`llama`), each run in
-both directions. What a format cannot say is found by saying it and reading it back: a decoder that does not come back
-equal is refused, with the field that got lost. So nothing is dropped in silence, and no list of exceptions is kept.
+A dialect is one class in one file of this folder (`registry` says how it is written): a table of reversible rules for the
+tensors (`rules`, `moves`) and a reading of the config, each run in both directions. Files register themselves, and no
+dialect holds model code: what it describes is a value of `models`.
+
+What a format cannot say is found by saying it and reading it back: a model that does not come back equal is refused, with
+the field that got lost. So nothing is dropped in silence, and no list of exceptions is kept.
+
+A file is not trusted. Its config is read first, then the sizes in the header of its weights are compared with what the
+config needs, and only then is memory taken, for tensors that the file has.
 """
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,45 +22,52 @@ import torch
 
 from headspring.artifacts.errors import CorruptArtifact, UserError
 from headspring.artifacts.files import read_json, write_json
-from headspring.models.decoder import Decoder, DecoderModule
-from headspring.models.dialects.llama import FAMILIES, Family
-from headspring.models.dialects.losses import losses
-from headspring.models.dialects.rules import check_shapes, complete, expand, to_ours, to_theirs
+from headspring.models.dialects.losses import distance, losses
+from headspring.models.dialects.registry import DIALECTS, Dialect, by_name, of_config
+from headspring.models.dialects.rules import check_shapes, complete, to_ours, to_theirs
 from headspring.models.dialects.weights import Weights, write
+from headspring.models.model import Model, ModelModule
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.ispkg:
+        importlib.import_module(f"{__name__}.{_module.name}")
 
 CONFIG = "config.json"
-# Buffers that old checkpoints carry and that follow from the config.
-DERIVED = (".rotary_emb.inv_freq",)
 Result = TypeVar("Result")
 SHOWN = 3  # fields in an error
 
 __all__ = ["export_huggingface", "expresses", "import_huggingface"]
 
 
-def import_huggingface(folder: str | Path) -> DecoderModule:
+def import_huggingface(folder: str | Path) -> ModelModule:
     """The model in a `transformers` folder (config.json and safetensors, sharded or not), weights in their stored dtype.
 
-    Raises `UserError` for an architecture, or a setting of one, that `Decoder` does not express; `CorruptArtifact` for
+    Raises `UserError` for an architecture, or a setting of one, that our models do not express; `CorruptArtifact` for
     damaged files.
     """
     folder = Path(folder)
     config = _read_config(folder)
-    family = _family(config, folder)
-    decoder = _in_folder(folder, family.decoder, config)
-    model = _in_folder(folder, _empty, decoder)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    rules = list(expand(family.rules(decoder.tied), len(decoder.layers)))
-    complete(rules, shapes)
+    form = _in_folder(folder / CONFIG, lambda: of_config(config))
     weights = Weights(folder)
-    check_shapes(rules, shapes, _relevant(weights, decoder), str(folder))
-    tensors = {rule.theirs: weights.read(rule.theirs) for rule in rules}
-    weights.verify(tensors)
+    names = len(weights.shapes)
+    value = _in_folder(folder, lambda: form.read(config, most=names))
+    model = _in_folder(folder, lambda: empty(value))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    rules = list(form.rules(value))
+    complete(rules, shapes)
+    wanted = {name for rule in rules for name in rule.theirs}
+    found = _relevant(weights, form, value, wanted)
+    check_shapes(rules, shapes, {name: weights.shapes[stored] for name, stored in found.items()}, str(folder))
+    tensors = {name: weights.read(found[name]) for name in sorted(wanted)}
+    weights.verify({found[name]: tensor for name, tensor in tensors.items()})
     model.load_state_dict(to_ours(rules, tensors, shapes), assign=True)
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not left, f"buffers that no file holds and construction does not compute: {left}"
     return model
 
 
 def export_huggingface(
-    model: DecoderModule, folder: str | Path, family: str | None = None, tokens: Mapping[str, Any] | None = None
+    model: ModelModule, folder: str | Path, family: str | None = None, tokens: Mapping[str, Any] | None = None
 ) -> None:
     """Write config.json and model.safetensors as `transformers` reads them.
 
@@ -60,20 +75,29 @@ def export_huggingface(
     `bos_token_id`, `eos_token_id` and `pad_token_id` (None otherwise: a class default would be another model's token).
     Raises `UserError` naming the fields that the format has no words for.
     """
-    chosen = _lossless(model.config, FAMILIES if family is None else (_by_name(family),))
-    rules = list(expand(chosen.rules(model.config.tied), len(model.config.layers)))
+    chosen = _lossless(model.config, DIALECTS if family is None else {family: by_name(family)})
+    rules = list(chosen.rules(model.config))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     complete(rules, tensors)
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | dict(tokens or {})
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     folder = Path(folder)
     write(to_theirs(rules, tensors), folder)
-    write_json(folder / CONFIG, {**chosen.config(model.config), **special, "torch_dtype": dtype})
+    write_json(folder / CONFIG, {**special, **chosen.write(model.config), "torch_dtype": dtype})
 
 
-def expresses(decoder: Decoder) -> str | None:
-    """The architecture of `transformers` that is the same function as `decoder`, or None."""
-    return next((family.architecture for family in FAMILIES if not losses(family, decoder)), None)
+def expresses(model: Model) -> str | None:
+    """The architecture of `transformers` that is the same function as `model`, or None."""
+    return next((name for name, form in DIALECTS.items() if not losses(form, model)), None)
+
+
+def empty(model: Model) -> ModelModule:
+    """The module without memory for its weights. Raises `UserError` for sizes that do not fit together, or into any memory."""
+    try:
+        with torch.device("meta"):
+            return model.module()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"config.json: {str(error).splitlines()[0]}") from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -88,59 +112,44 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _family(config: Mapping[str, Any], folder: Path) -> Family:
-    names = config.get("architectures") or []
-    kind = config.get("model_type")
-    if names:
-        return _in_folder(folder / CONFIG, _by_name, str(names[0]))
-    found = {family.model_type: family for family in FAMILIES}
-    if kind not in found:
-        raise UserError(f"{folder / CONFIG}: model_type {kind!r} is not supported; those that are: {', '.join(found)}")
-    return found[kind]
-
-
-def _by_name(architecture: str) -> Family:
-    found = {family.architecture: family for family in FAMILIES}
-    if architecture not in found:
-        near = difflib.get_close_matches(architecture, found, len(found), cutoff=0.0)
-        raise UserError(f"architecture {architecture!r} is not supported; the nearest that are: {', '.join(near)}")
-    return found[architecture]
-
-
-def _empty(decoder: Decoder) -> DecoderModule:
-    """The module without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            return DecoderModule(decoder)
-    except ValueError as error:
-        raise UserError(f"config.json: {error}") from None
-
-
-def _lossless(decoder: Decoder, families: Sequence[Family]) -> Family:
-    """The first family that loses nothing. Raises `UserError` with what the nearest one loses."""
-    lost = {family: losses(family, decoder) for family in families}
-    best = min(families, key=lambda family: len(lost[family]))
-    if lost[best]:
-        more = f" and {len(lost[best]) - SHOWN} more" if len(lost[best]) > SHOWN else ""
-        fields = "; ".join(lost[best][:SHOWN]) + more
+def _lossless(model: Model, forms: Mapping[str, Dialect]) -> Dialect:
+    """The first dialect that loses nothing. Raises `UserError` with what the nearest one loses."""
+    best = min(forms.values(), key=lambda form: distance(form, model))
+    lost = losses(best, model)
+    if lost:
+        more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+        fields = "; ".join(lost[:SHOWN]) + more
         raise UserError(f"{best.architecture} cannot express this model: {fields}. Save it in the native format instead")
     return best
 
 
-def _in_folder(folder: Path, function: Callable[[Any], Result], argument: Any) -> Result:
-    """`function(argument)`, with the folder's name before the message of its `UserError`."""
+def _in_folder(place: Path, function: Callable[[], Result]) -> Result:
+    """`function()`, with the place before the message of its `UserError`."""
     try:
-        return function(argument)
+        return function()
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+        raise UserError(f"{place}: {error}") from None
 
 
-def _relevant(weights: Weights, decoder: Decoder) -> dict[str, tuple[int, ...]]:
-    """Sizes of the tensors that are not copies: neither derived buffers nor a tied model's second embedding matrix."""
-    shapes = {name: shape for name, shape in weights.shapes.items() if not name.endswith(DERIVED)}
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if decoder.tied and embedding in shapes and head in shapes:
-        if not torch.equal(weights.read(embedding), weights.read(head)):
-            raise UserError(f"{weights.folder}: {head} differs from {embedding}, though config.json ties them")
-        del shapes[head]
-    return shapes
+def _relevant(weights: Weights, form: Dialect, model: Model, wanted: set[str]) -> dict[str, str]:
+    """Names of the tensors that are neither derived nor copies, and what the file calls them.
+
+    A file saved from the bare model lacks the prefix. A copy must equal its original, and takes its place where only the
+    copy was saved.
+    """
+    bare = form.prefix and not any(name.startswith(form.prefix) for name in weights.shapes)
+    found: dict[str, str] = {}
+    left_out = form.left_out(model)
+    for stored in weights.shapes:
+        name = form.prefix + stored if bare and stored not in wanted else stored
+        if not any(fnmatchcase(name, pattern) for pattern in left_out):
+            found[name] = stored
+    for copy, original in form.copies(model).items():
+        if copy in found and original in found:
+            if not weights.equal(found[copy], found[original]):
+                raise UserError(f"{weights.folder}: {copy} differs from {original}, though config.json ties them")
+            del found[copy]
+        elif copy in found:
+            found[original] = found.pop(copy)
+    weights.check_dtypes(found.values())
+    return found

@@ -1,41 +1,52 @@
-"""Names of tensors in two formats, as one table that runs in both directions.
+"""Tensors in two formats, as one table that runs in both directions.
 
-    Rule("model.layers.{i}.self_attn.q_proj.weight", "layers.{i}.mixer.f.q.weight")                        a renaming
-    Rule("model.layers.{i}.self_attn.qkv_proj.weight", *("layers.{i}.mixer.f." + x for x in ("q.weight", …)))  a fusion
+    Rule("model.embed_tokens.weight", "embed.weight")                                   a renaming
+    Rule("h.{i}.attn.c_proj.weight", "layers.{i}.mixer.f.out.weight", move=Transposed())  a renaming of other axes
+    Rule("….qkv_proj.weight", "….q.weight", "….k.weight", "….v.weight")                 several of ours are rows of one
+    Rule(("….experts.0.w1.weight", "….experts.1.w1.weight"), "….gate", move=Stacked())  one of ours is several
 
-A fused tensor is the rows of several of ours, one after another. Renaming and cutting rows move values and never compute
-with them, so that `export(import(w)) == w` bit for bit. Why a table and not two functions, as converters usually are:
-two functions drift apart, and only one of them is tried when it matters.
+What is done to the numbers is a move (`moves`), and every move has an inverse. Why a table and not two functions, as
+converters usually are: two functions drift apart, and only one of them is tried when it matters.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from headspring.artifacts.errors import UserError
+from headspring.models.dialects.moves import Move, Rows, Shape, moved_shapes
 
-Shape = tuple[int, ...]
 SHOWN = 3  # names of tensors in an error
 
 
 @dataclass(frozen=True, init=False)
 class Rule:
-    """`theirs` is the one tensor of `ours`, or the rows of all of them in order. `{i}` stands for the layer."""
+    """`theirs` and `ours` name tensors that hold the same numbers; `move` takes ours to theirs. `{i}` stands for the layer."""
 
-    theirs: str
+    theirs: tuple[str, ...]
     ours: tuple[str, ...]
+    move: Move
 
-    def __init__(self, theirs: str, *ours: str):
-        object.__setattr__(self, "theirs", theirs)
+    def __init__(self, theirs: str | Sequence[str], *ours: str, move: Move = Rows()):
+        object.__setattr__(self, "theirs", (theirs,) if isinstance(theirs, str) else tuple(theirs))
         object.__setattr__(self, "ours", ours)
+        object.__setattr__(self, "move", move)
+
+    def at(self, i: int) -> "Rule":
+        """The rule of layer `i`."""
+        return Rule([name.format(i=i) for name in self.theirs], *(name.format(i=i) for name in self.ours), move=self.move)
+
+    def prefixed(self, theirs: str = "", ours: str = "") -> "Rule":
+        """The same rule of a part that has a longer name."""
+        return Rule([theirs + name for name in self.theirs], *(ours + name for name in self.ours), move=self.move)
 
 
-def expand(rules: Sequence[Rule], layers: int) -> Iterator[Rule]:
+def expand(rules: Iterable[Rule], layers: int) -> Iterator[Rule]:
     """The rules with every layer's number in place of `{i}`."""
     for rule in rules:
-        for i in range(layers) if "{i}" in rule.theirs else (0,):
-            yield Rule(rule.theirs.format(i=i), *(name.format(i=i) for name in rule.ours))
+        for i in range(layers) if "{i}" in rule.theirs[0] else (0,):
+            yield rule.at(i)
 
 
 def complete(rules: Sequence[Rule], ours: Mapping[str, object]) -> None:
@@ -44,53 +55,57 @@ def complete(rules: Sequence[Rule], ours: Mapping[str, object]) -> None:
     assert len(named) == len(set(named)) and set(named) == set(ours), sorted(set(named) ^ set(ours))
 
 
-def their_shape(rule: Rule, ours: Mapping[str, Shape]) -> Shape:
-    """The shape of the tensor that `rule` makes of ours."""
-    first = ours[rule.ours[0]]
-    return (sum(ours[name][0] for name in rule.ours), *first[1:])
+def their_shapes(rule: Rule, ours: Mapping[str, Shape]) -> list[Shape]:
+    """The shapes of the tensors that `rule` makes of ours."""
+    return moved_shapes(rule.move, [ours[name] for name in rule.ours])
 
 
 def check_shapes(rules: Sequence[Rule], ours: Mapping[str, Shape], theirs: Mapping[str, Shape], where: str) -> None:
     """Raise `UserError` for tensors that are missing, left over, or of another size, with their name in both formats."""
-    missing = [rule for rule in rules if rule.theirs not in theirs]
+    missing = [f"{name} ({_ours(rule)})" for rule in rules for name in rule.theirs if name not in theirs]
     if missing:
-        raise UserError(f"{where}: missing {_list(_both(rule) for rule in missing)}; the download may be incomplete")
-    extra = set(theirs) - {rule.theirs for rule in rules}
+        raise UserError(f"{where}: missing {_list(missing)}; the download may be incomplete")
+    extra = set(theirs) - {name for rule in rules for name in rule.theirs}
     if extra:
         raise UserError(f"{where}: {_list(sorted(extra))} have no place in a model of this config")
     for rule in rules:
-        expected, found = their_shape(rule, ours), tuple(theirs[rule.theirs])
-        if expected != found:
-            raise UserError(f"{where}: {_both(rule)} is {_size(found)}, the config makes it {_size(expected)}")
+        for name, expected in zip(rule.theirs, their_shapes(rule, ours), strict=True):
+            found = tuple(theirs[name])
+            if expected != found:
+                sizes = f"is {_size(found)}, the config makes it {_size(expected)}"
+                raise UserError(f"{where}: {name} ({_ours(rule)}) {sizes}")
 
 
-def to_ours(
-    rules: Sequence[Rule], theirs: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape]
-) -> dict[str, torch.Tensor]:
+def to_ours(rules: Sequence[Rule], theirs: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape]) -> dict[str, torch.Tensor]:
     """Our tensors, from theirs; `shapes` are those of ours, which say where a fused tensor is cut."""
     tensors: dict[str, torch.Tensor] = {}
     for rule in rules:
-        parts = theirs[rule.theirs].split([shapes[name][0] for name in rule.ours])
-        # Parts of one tensor share its memory, which a later save would refuse.
-        parts = [part.clone() for part in parts] if len(parts) > 1 else parts
-        tensors.update(zip(rule.ours, parts, strict=True))
+        given = [theirs[name] for name in rule.theirs]
+        parts = rule.move.back(given, [shapes[name] for name in rule.ours])
+        for name, part in zip(rule.ours, parts, strict=True):
+            # Parts of one tensor share its memory, which a later save would refuse.
+            whole = part.is_contiguous() and any(part.data_ptr() == tensor.data_ptr() for tensor in given) and len(parts) == 1
+            tensors[name] = part if whole else part.clone(memory_format=torch.contiguous_format)
     return tensors
 
 
 def to_theirs(rules: Sequence[Rule], ours: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Their tensors, from ours."""
-    return {rule.theirs: torch.cat([ours[name] for name in rule.ours]) for rule in rules}
+    """Their tensors, from ours. A renamed tensor is the very same one, not a copy."""
+    tensors: dict[str, torch.Tensor] = {}
+    for rule in rules:
+        tensors.update(zip(rule.theirs, rule.move.out([ours[name] for name in rule.ours]), strict=True))
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _both(rule: Rule) -> str:
-    return f"{rule.theirs} (our {' + '.join(rule.ours)})"
+def _ours(rule: Rule) -> str:
+    return f"our {' + '.join(rule.ours)}"
 
 
 def _size(shape: Shape) -> str:
-    return " × ".join(map(str, shape))
+    return " × ".join(map(str, shape)) or "a single number"
 
 
-def _list(names: Iterator[str] | Sequence[str]) -> str:
+def _list(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -5,7 +5,7 @@ lies beside the tensors and not in config.json, because a program that writes ne
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -37,13 +37,14 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 class Weights:
     """The tensors of a folder by name: sizes at once, values when they are asked for.
 
-    Raises `UserError` where there are no safetensors or they are quantized, `CorruptArtifact` for a damaged file.
+    Raises `UserError` where there are no safetensors, `CorruptArtifact` for a damaged file.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         self._hash: str | None = None
         for path, wanted in self._shards().items():
             self._open(path, wanted)
@@ -79,9 +80,8 @@ class Weights:
                 self._hash = (file.metadata() or {}).get(HASH) if wanted is None else None
                 for name in sorted(names):
                     part = file.get_slice(name)
-                    if part.get_dtype() not in DTYPES:
-                        raise UserError(f"{path}: {name} is {part.get_dtype()}; only {', '.join(DTYPES)} weights are supported")
                     self._files[name], self.shapes[name] = path, tuple(part.get_shape())
+                    self._dtypes[name] = part.get_dtype()
         except (OSError, SafetensorError) as error:
             raise CorruptArtifact(f"{path}: cannot be read ({error}); get it again") from error
 
@@ -89,6 +89,17 @@ class Weights:
         """Raise `CorruptArtifact` where the file records a hash and its tensors, all of them given, have another."""
         if self._hash is not None and self._hash != digest(tensors):
             raise CorruptArtifact(f"{self.folder / SINGLE}: its tensors differ from the hash it records")
+
+    def check_dtypes(self, names: Iterable[str]) -> None:
+        """Raise `UserError` for one of these tensors that is no plain floating-point numbers."""
+        for name in names:
+            if self._dtypes[name] not in DTYPES:
+                found = f"{self._files[name]}: {name} is {self._dtypes[name]}"
+                raise UserError(f"{found}; only {', '.join(DTYPES)} weights are supported")
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        return self.shapes[name] == self.shapes[other] and torch.equal(self.read(name), self.read(other))
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, in the dtype in which it is stored."""

@@ -49,7 +49,7 @@ class NGram(Model):
         return self
 
     @property
-    def causal(self) -> bool:
+    def counted(self) -> bool:
         return True
 
     def module(self) -> "NGramModule":
@@ -133,7 +133,7 @@ class NGramModule(ModelModule):
             before = memory["window"]
         if past + tokens.shape[1] > self.config.context:
             raise ValueError(f"{past + tokens.shape[1]} tokens are more than the model's context of {self.config.context}")
-        context = Context.of(tokens.shape[1], past, segments, padding, tokens.device)
+        context = self._context(tokens.shape[1], past, segments, padding)
         line = torch.cat([before, tokens], dim=1)
         if memory is not None:
             memory.replace(tokens.shape[1], window=line[:, tokens.shape[1] :])
@@ -141,6 +141,9 @@ class NGramModule(ModelModule):
         rows = [self._distributions(part) for part in numbers.flatten(0, 1).split(ROWS)]
         hidden = torch.cat(rows).view(batch, tokens.shape[1], -1)
         return self.site("final", hidden)[:, -time:]
+
+    def _context(self, time: int, past: int, segments: torch.Tensor | None, padding: torch.Tensor | None) -> Context:
+        return Context.of(time, past, segments, padding, self.device)
 
     def _contexts(self, line: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """(B, T, n − 1): the number of the 1, 2, … n − 1 tokens that end at each token, −1 where they were never seen or

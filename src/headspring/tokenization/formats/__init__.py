@@ -4,6 +4,7 @@ tokenizer.json            the library's own format (any model)
 *.model                   SentencePiece (unigram or BPE)
 vocab.txt                 BERT's WordPiece, one piece a line
 merges.txt + vocab.json   GPT-2's byte-level BPE
+*.gguf                    the tokenizer inside a model of llama.cpp
 """
 
 import json
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from headspring.artifacts import UserError
 from headspring.tokenization.tokenizer import Tokenizer
 
-KNOWN = "tokenizer.json, *.model, vocab.txt or merges.txt"
+KNOWN = "tokenizer.json, *.model, vocab.txt, merges.txt or *.gguf"
 
 
 def load(path: Path) -> Tokenizer:
@@ -27,7 +28,9 @@ def load(path: Path) -> Tokenizer:
         return _load_file(file)
     except UserError:
         raise
-    except Exception as error:  # the library raises bare Exception for every parse error
+    except BaseException as error:  # the library raises bare Exception for parse errors, and some of its parsers panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"{file}: not a tokenizer that can be read ({str(error).splitlines()[0][:120]})") from error
 
 
@@ -38,6 +41,10 @@ def _load_file(file: Path) -> Tokenizer:
         from headspring.tokenization.formats.sentencepiece import load_sentencepiece
 
         return load_sentencepiece(file)
+    if file.suffix == ".gguf":
+        from headspring.tokenization.formats.gguf import load_gguf
+
+        return load_gguf(file)
     from headspring.tokenization.formats import vocabularies
 
     if file.name == "vocab.json" or file.name.endswith("merges.txt"):
@@ -76,8 +83,9 @@ def _load_json(file: Path) -> Tokenizer:
     separate = file.parent / "chat_template.jinja"
     if separate.is_file():
         template = separate.read_text(encoding="utf-8")
-    tokens = {f"{role}_token": _name(names.get(f"{role}_token")) for role in ("bos", "eos", "pad")}
-    return Tokenizer(library, chat_template=template, **tokens)
+    tokens = {f"{role}_token": _name(names.get(f"{role}_token")) for role in ("bos", "eos", "pad", "mask")}
+    add_bos = names.get("add_bos_token") is not False
+    return Tokenizer(library, chat_template=template, add_bos=add_bos, **tokens)
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -30,12 +30,12 @@ def load_sentencepiece(file: Path) -> Tokenizer:
     if trainer.model_type == UNIGRAM:
         library = LibraryTokenizer(models.Unigram(vocab, unknown, trainer.byte_fallback))
     elif trainer.model_type == BPE:
-        library = LibraryTokenizer(_bpe_model(vocab, unknown, trainer.byte_fallback))
+        library = LibraryTokenizer(bpe_model(vocab, unknown, trainer.byte_fallback))
     else:
         raise UserError(f"{file}: a SentencePiece model of type word or char; only unigram and bpe can be loaded")
     if trainer.treat_whitespace_as_suffix:
         raise UserError(f"{file}: spaces are suffixes in this SentencePiece model, which the library cannot express")
-    _pipeline(library, proto.normalizer_spec)
+    set_pipeline(library, proto.normalizer_spec)
     library.add_special_tokens([_added(p.piece, True) for p in pieces if p.type in (CONTROL, UNUSED)])
     library.add_tokens([_added(p.piece, False) for p in pieces if p.type == USER_DEFINED])
     ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
@@ -54,7 +54,7 @@ def _parse(file: Path) -> Any:
     return proto
 
 
-def _bpe_model(vocab: list[tuple[str, float]], unknown: int | None, byte_fallback: bool) -> models.BPE:
+def bpe_model(vocab: list[tuple[str, float]], unknown: int | None, byte_fallback: bool) -> models.BPE:
     ids = {piece: i for i, (piece, _) in enumerate(vocab)}
     merges = []
     for i, (piece, score) in enumerate(vocab):
@@ -65,7 +65,7 @@ def _bpe_model(vocab: list[tuple[str, float]], unknown: int | None, byte_fallbac
     return models.BPE(ids, ordered, unk_token=token, fuse_unk=True, byte_fallback=byte_fallback)
 
 
-def _pipeline(library: LibraryTokenizer, spec: Any) -> None:
+def set_pipeline(library: LibraryTokenizer, spec: Any) -> None:
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))

@@ -1,0 +1,167 @@
+"""Training speed of each family against its reference in transformers: the same weights, tokens and loss, in turns, in one run.
+
+    python benchmarks/families_speed.py [--pairs mamba mamba2 ...] [--compiled] [--length 512 --batch 4 --width 256 --layers 2]
+
+A pair is a function that gives the reference's config (`pair` registers it); our model is the reference's folder, read by its
+dialect, so that both compute one function, which is checked on the loss. A step is forward and backward in float32. Turns
+alternate (ours, theirs, ours, theirs, …); reported are medians in tokens/s and the median ratio of neighbouring turns with
+its range. A contender that is slower than `--patience` seconds a step gets as many turns as fit, at least one.
+
+Every pair and mode runs in a process of its own, under a time limit: what does not compile in that time is reported so.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+PAIRS: dict[str, Callable[[argparse.Namespace], Any]] = {}
+
+
+def pair(make: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Namespace], Any]:
+    """Register a function from the sizes asked for to the config of the model in transformers."""
+    PAIRS[make.__name__] = make
+    return make
+
+
+@pair
+def mamba(sizes: argparse.Namespace) -> Any:
+    from transformers import MambaConfig
+
+    return MambaConfig(
+        vocab_size=sizes.vocab, hidden_size=sizes.width, num_hidden_layers=sizes.layers, state_size=16, tie_word_embeddings=True
+    )
+
+
+@pair
+def mamba2(sizes: argparse.Namespace) -> Any:
+    from transformers import Mamba2Config
+
+    return Mamba2Config(
+        vocab_size=sizes.vocab, hidden_size=sizes.width, num_hidden_layers=sizes.layers, state_size=64, head_dim=64,
+        num_heads=2 * sizes.width // 64, n_groups=1, chunk_size=64, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def build(name: str, sizes: argparse.Namespace) -> tuple[Any, Any]:
+    """Ours and theirs, with the same weights."""
+    from transformers import AutoModelForCausalLM
+
+    from headspring.models.dialects import import_huggingface
+
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(PAIRS[name](sizes), attn_implementation="eager").train()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = import_huggingface(folder).train()
+    return ours, theirs
+
+
+def steps(ours: Any, theirs: Any, tokens: torch.Tensor, compiled: bool) -> dict[str, Callable[[], float]]:
+    """A step of each: forward and backward of the mean loss of the next token."""
+    from headspring.models.scoring import cross_entropy_sum
+
+    if compiled:
+        for block in ours.blocks():
+            block.compile()
+        theirs = torch.compile(theirs)
+
+    def step_ours() -> float:
+        ours.zero_grad()
+        loss = cross_entropy_sum(ours, ours(tokens[:, :-1]), tokens[:, 1:]) / tokens[:, 1:].numel()
+        torch.autograd.backward(loss)
+        return float(loss)
+
+    def step_theirs() -> float:
+        theirs.zero_grad()
+        loss = theirs(tokens, labels=tokens, use_cache=False).loss
+        torch.autograd.backward(loss)
+        return float(loss)
+
+    return {"headspring": step_ours, "transformers": step_theirs}
+
+
+def measure(name: str, sizes: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each turn, after one turn that does not count (unless it alone took longer than the patience)."""
+    ours, theirs = build(name, sizes)
+    tokens = torch.randint(0, sizes.vocab, (sizes.batch, sizes.length + 1))
+    contenders = steps(ours, theirs, tokens, sizes.compiled)
+    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    losses = {}
+    for turn in range(sizes.turns + 1):
+        for contender, step in contenders.items():
+            if seconds[contender] and max(seconds[contender]) > sizes.patience:
+                continue
+            started = time.perf_counter()
+            losses[contender] = step()
+            taken = time.perf_counter() - started
+            if turn or taken > sizes.patience:
+                seconds[contender].append(taken)
+    assert abs(losses["headspring"] - losses["transformers"]) < 1e-4 * losses["transformers"], losses
+    count = sizes.batch * sizes.length
+    ratios = [b / a for a, b in zip(seconds["headspring"], seconds["transformers"])]
+    return {
+        "tokens_per_second": {contender: count / statistics.median(taken) for contender, taken in seconds.items()},
+        "turns": {contender: len(taken) for contender, taken in seconds.items()},
+        "times_faster": statistics.median(ratios),
+        "range": [min(ratios), max(ratios)],
+    }
+
+
+def in_a_process(name: str, compiled: bool, sizes: argparse.Namespace) -> dict[str, Any]:
+    """`measure`, or why not."""
+    options = [f"--{key}={getattr(sizes, key)}" for key in ("length", "batch", "width", "layers", "vocab", "turns", "patience")]
+    command = [sys.executable, __file__, "--worker", name, *options, *(["--compiled"] if compiled else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=sizes.limit)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no result after {sizes.limit} s"}
+    lines = done.stdout.strip().splitlines()
+    return json.loads(lines[-1]) if done.returncode == 0 else {"failed": (done.stderr.strip().splitlines() or ["?"])[-1][:200]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=PAIRS)
+    parser.add_argument("--compiled", action="store_true", help="compare under torch.compile, too")
+    for key, default in (("length", 512), ("batch", 4), ("width", 256), ("layers", 2), ("vocab", 4096), ("turns", 5)):
+        parser.add_argument(f"--{key}", type=int, default=default)
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds for a pair in one mode")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "families_speed.json")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    sizes = parser.parse_args()
+    if sizes.worker:
+        print(json.dumps(measure(sizes.worker, sizes)))
+        return
+    from headspring.artifacts.environment import environment
+
+    rows = []
+    print(f"{'family':<12} {'mode':<9} {'headspring':>11} {'transformers':>13} {'ratio':>8}   range")
+    for name in sizes.pairs:
+        for compiled in (False, True) if sizes.compiled else (False,):
+            found = in_a_process(name, compiled, sizes)
+            mode = "compiled" if compiled else "eager"
+            rows.append({"family": name, "mode": mode, **found})
+            if "failed" in found:
+                print(f"{name:<12} {mode:<9} {found['failed']}", flush=True)
+                continue
+            speed, (low, high) = found["tokens_per_second"], found["range"]
+            numbers = f"{speed['headspring']:>11,.0f} {speed['transformers']:>13,.0f} {found['times_faster']:>7.1f}×"
+            print(f"{name:<12} {mode:<9} {numbers}   {low:.1f} to {high:.1f}", flush=True)
+    shape = {key: getattr(sizes, key) for key in ("length", "batch", "width", "layers", "vocab")}
+    result = {"environment": environment(), "threads": torch.get_num_threads(), "shape": shape, "rows": rows}
+    sizes.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""`headspring convert`: a model in another format."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TOKENIZER_NOTE = "note: GGUF has no name for this tokenizer; it is inside as tokenizer.json, which llama.cpp does not read"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("convert", epilog="Example: headspring convert runs/quickstart model.gguf --dtype q8_0")(convert)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A run, a folder, a .gguf file or a hub name.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A .gguf file to write, or a folder.")],
+    to: Annotated[
+        str | None, typer.Option(help="huggingface, native or gguf; by default what DST's name says, or huggingface.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16; GGUF also q8_0, q5_1, q5_0, q4_1, q4_0. Default: as stored.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that is already there.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+) -> None:
+    """Write a model, with its tokenizer, in another format: Hugging Face folder, native folder, GGUF file."""
+    from headspring.inference.conversion import convert as convert_model
+
+    done = convert_model(source, target, to=to, dtype=dtype, force=force, revision=revision)
+    if as_json:
+        typer.echo(json.dumps(done, indent=2))
+    else:
+        size = f"{done['parameters']:,} parameters in {done['dtype']}, {done['bytes'] / 1e6:,.1f} MB"
+        typer.echo(f"{done['target']}: {done['format']} ({done['architecture']}), {size}, {done['seconds']:.1f} s")
+    if done["tokenizer"] == "none":
+        print(TOKENIZER_NOTE, file=sys.stderr)

@@ -1,0 +1,124 @@
+"""One model, three ways to write it down: Hugging Face's layout, Headspring's own, and GGUF.
+
+Whatever the source is, it is loaded as it would be for generating, and written by the format's own module, so that a
+conversion is no third reading of any format. A format without words for the model refuses it and names the fields.
+The target appears whole or not at all.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from headspring.artifacts import HeadspringError, UserError
+from headspring.artifacts.files import folder_atomic
+from headspring.inference.language_model import LanguageModel
+from headspring.inference.loading import ALIASES, DTYPES, is_gguf
+from headspring.models import save_model
+from headspring.models.dialects import export_huggingface, expresses
+from headspring.models.dialects.gguf import WRITTEN, export_gguf
+from headspring.tokenization.formats.gguf import GGML, to_metadata
+
+Format = Literal["huggingface", "native", "gguf"]
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """Write the model at `source`, with its tokenizer, as the folder or `.gguf` file `target`; returns what was written.
+
+    `to` is by default what the target's name says: `gguf`, or else `huggingface`. `dtype` None keeps the precision the
+    weights are stored in (float32 for quantized ones). Raises `UserError` for a target that exists (unless `force`: then
+    an older model there is replaced), and for what the format cannot say.
+    """
+    start, target = time.perf_counter(), Path(target).expanduser()
+    form, precision = _format(target, to), None if dtype is None else ALIASES.get(dtype, dtype)
+    _check_dtype(form, precision)
+    _check_target(target, source, force)
+    lm = LanguageModel.load(source, device="cpu", revision=revision)
+    if precision in ("float16", "f16"):
+        _check_range(lm)
+    try:
+        said = _write_gguf(lm, target, precision, str(source)) if form == "gguf" else _write_folder(lm, target, form, precision)
+    except OSError as error:
+        raise HeadspringError(f"{target}: cannot be written ({error.strerror or error})") from error
+    files = [target] if target.is_file() else [file for file in target.rglob("*") if file.is_file()]
+    return {
+        "source": str(source),
+        "target": str(target),
+        "format": form,
+        **said,
+        "parameters": lm.model.num_parameters(),
+        "bytes": sum(file.stat().st_size for file in files),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _write_gguf(lm: LanguageModel, target: Path, dtype: str | None, name: str) -> dict[str, Any]:
+    tokenizer = to_metadata(lm.tokenizer, lm.vocab_size)
+    general = {"general.type": "model", "general.name": Path(name).name}
+    architecture = export_gguf(lm.model, target, dtype, {**general, **tokenizer})
+    return {"architecture": architecture, "dtype": dtype or _stored(lm), "tokenizer": tokenizer[f"{GGML}model"]}
+
+
+def _write_folder(lm: LanguageModel, target: Path, form: Format, dtype: str | None) -> dict[str, Any]:
+    if dtype is not None:
+        lm.model.to(DTYPES[dtype])
+    with folder_atomic(target) as folder:
+        if form == "huggingface":
+            export_huggingface(lm.model, folder, tokens=lm.special_tokens())
+            architecture = expresses(lm.model.config)
+        else:
+            save_model(lm.model, folder)
+            architecture = type(lm.config).__name__
+        lm.tokenizer.save(folder)
+    return {"architecture": architecture, "dtype": _stored(lm), "tokenizer": "tokenizer.json"}
+
+
+def _stored(lm: LanguageModel) -> str:
+    return str(next(lm.model.parameters()).dtype).removeprefix("torch.")
+
+
+def _format(target: Path, to: str | None) -> Format:
+    formats: Mapping[str, Format] = {name: name for name in get_args(Format)}
+    form = formats.get(to or ("gguf" if is_gguf(target) else "huggingface"))
+    if form is None:
+        raise UserError(f"{to!r} is no format; use {', '.join(formats)}")
+    if is_gguf(target) != (form == "gguf"):
+        raise UserError(f"{target}: GGUF is a file whose name ends with .gguf, and {form} would be read by its name")
+    return form
+
+
+def _check_dtype(form: Format, dtype: str | None) -> None:
+    known = tuple(WRITTEN) if form == "gguf" else tuple(DTYPES)
+    if dtype is not None and dtype not in known:
+        raise UserError(f"dtype {dtype!r} cannot be written as {form}; use {', '.join(known)}")
+
+
+def _check_target(target: Path, source: str | Path, force: bool) -> None:
+    """Nothing is overwritten by accident: not the source, not without `force`, and never a folder that is no model."""
+    if not target.exists():
+        return
+    here = Path(source).expanduser()
+    if here.exists() and (target.samefile(here) or target.resolve() in here.resolve().parents):
+        raise UserError(f"{target}: is or holds what shall be converted; choose another target")
+    if not force:
+        raise UserError(f"{target}: exists already; use --force to replace it, or choose another target")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise UserError(f"{target}: is a folder that holds no model, which --force does not replace; choose another target")
+    if target.is_dir() == is_gguf(target):
+        raise UserError(f"{target}: is no {'file' if is_gguf(target) else 'folder'}; choose another target")
+
+
+def _check_range(lm: LanguageModel) -> None:
+    largest = torch.finfo(torch.float16).max
+    for name, tensor in lm.model.state_dict().items():
+        if tensor.abs().max() > largest:
+            raise UserError(f"{name} holds values beyond float16's largest of {largest:.0f}; use bfloat16 or float32")

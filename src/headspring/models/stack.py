@@ -1,0 +1,180 @@
+"""A stack of blocks between an embedding and a head: what decoders and encoders have in common.
+
+    tokens (B, T) → embed → blocks → norm → hidden (B, T, D) → head → logits (B, T, V)
+
+`Stack` holds the fields of both values and `StackModule` the forward pass. Whether a token sees what follows it is said by
+the masks of the mixers and by nothing else, so that one text serves both; an encoder only has no state.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from headspring.models.block import Block, BlockModule
+from headspring.models.context import Context
+from headspring.models.embedding import Bias, Embed, EmbedModule, Head, Table
+from headspring.models.initialisation import Init, ZeroOutput, count_branches
+from headspring.models.mixer import Mixer
+from headspring.models.model import Model, ModelModule
+from headspring.models.norm import Norm, RMSNorm
+from headspring.models.part import Cost, Linear, ParameterRule, PartModule
+from headspring.models.state import State
+
+
+class Stack(Model):
+    """`vocab` tokens, `width` channels, one value a layer. `context` is the longest sequence the model accepts.
+
+    `tied` uses the embedding matrix as the head. `norm` stands before the head; post-norm stacks have none.
+    """
+
+    layers: tuple[Block, ...] = Field(min_length=1)
+    norm: Norm | None = RMSNorm()
+    tied: bool = True
+    embed: Embed = Embed()
+    head: Head = Head()
+    init: Init = ZeroOutput()
+
+    @model_validator(mode="after")
+    def _starts_as_it_is_built(self) -> "Stack":
+        self.init.check(self.width, self.layers, self.head)
+        return self
+
+    @property
+    def causal(self) -> bool:
+        return all(mixer.causal for mixer in self.mixers())
+
+    def mixers(self) -> Iterator[Mixer]:
+        """What mixes the tokens of each layer."""
+        for block in self.layers:
+            assert isinstance(block.mixer.f, Mixer)
+            yield block.mixer.f
+
+
+class StackModule(ModelModule):
+    """The module of a `Stack`."""
+
+    config: Stack
+
+    def __init__(self, config: Stack):
+        super().__init__(config)
+        self.embed = EmbedModule(config.embed, config.vocab, config.width, config.context)
+        self.layers = nn.ModuleList(block.build(config.width) for block in config.layers)
+        self.norm = config.norm.build(config.width) if config.norm else None
+        self.head_value = config.head or Head()
+        self.head: Table | Bias | None = None
+        inner = config.embed.inner
+        self.narrow = Linear(config.width, inner) if inner and config.head else None
+        if not config.tied:
+            self.head = Table(config.vocab, inner or config.width, "head", bias=self.head_value.bias)
+        elif self.head_value.bias:
+            self.head = Bias(config.vocab)
+        self.transform = self.head_value.transform.build(config.width) if self.head_value.transform else None
+        self.complete()
+
+    def adjusted(self, name: str, shape: Sequence[int], rule: ParameterRule) -> ParameterRule:
+        return self.config.init.rule(name, shape, rule, self.config.width, count_branches(self.config.layers))
+
+    def owners(self) -> Iterator[tuple[str, PartModule, tuple[str, ...]]]:
+        yield "", self, ("embed", "final")
+        for index, block in enumerate(self.blocks()):
+            yield from block.owners(f"layers.{index}")
+
+    def blocks(self) -> Iterable[BlockModule]:
+        for block in self.layers:
+            assert isinstance(block, BlockModule)
+            yield block
+
+    # ---- the forward pass
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        state: State | None = None,
+        segments: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+        types: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As every model's; `types` (B, T) int64 where the embedding knows types of tokens (default: all of type 0)."""
+        time = tokens.shape[1]
+        if state is not None:
+            if types is not None:
+                raise ValueError("types cannot be used with a state, which does not remember them")
+            padding = self._check_state(state, time, segments, padding)
+            if state.length > state.pending and self._outgrown(state, time):
+                state.restart(self.new_state(state.batch, state.capacity).layers)
+            past = state.length - state.pending
+            tokens = state.read(tokens)
+        else:
+            past = 0
+        if past + tokens.shape[1] > self.config.context:
+            raise ValueError(f"{past + tokens.shape[1]} tokens are more than the model's context of {self.config.context}")
+        context = self._context(tokens.shape[1], past, segments, padding)
+        x = self.site("embed", self.embed(tokens, self.compute_dtype, context.positions, types))
+        for index, block in enumerate(self.layers):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x = block(x, context, None if state is None else state.layers[index])
+        x = self.site("final", x if self.norm is None else self.norm(x))
+        return x[:, -time:]
+
+    def _outgrown(self, state: State, time: int) -> bool:
+        """Whether some layer reads sequences that are `time` tokens longer in another way than what the state holds."""
+        mixers = [block.mixes for block in self.blocks() if block.mixes.by_length]
+        if not mixers:
+            return False
+        pads = {0} if state.padding is None else set(state.padding.tolist())
+        lengths = [(state.reach - pad, state.length + time - pad) for pad in pads]
+        return any(mixer.regime(before) != mixer.regime(after) for mixer in mixers for before, after in lengths)
+
+    def _context(self, time: int, past: int, segments: torch.Tensor | None, padding: torch.Tensor | None) -> Context:
+        """What the blocks share, prepared."""
+        context = Context.of(time, past, segments, padding, self.device)
+        for block in self.blocks():
+            block.prepare(context)
+        return context
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        return self.head.weight if isinstance(self.head, Table) else self.embed.weight
+
+    @property
+    def output_bias(self) -> torch.Tensor | None:
+        return None if self.head is None else self.head.bias
+
+    @property
+    def softcap(self) -> float | None:
+        return self.head_value.softcap
+
+    def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.transform is not None:
+            hidden = self.transform(hidden)
+        if self.narrow is not None:
+            hidden = self.narrow(hidden)
+        return hidden if self.head_value.scale is None else hidden * self.head_value.scale
+
+    def new_state(self, batch: int, capacity: int | None = None) -> State:
+        capacity = min(capacity or self.config.context, self.config.context)
+        layers = [block.new_state(batch, capacity, self.compute_dtype, self.device) for block in self.blocks()]
+        return State(layers, batch, capacity, self.device)
+
+    # ---- what it costs
+
+    def ledger(self, context_length: int | None = None) -> Cost:
+        length = context_length or self.config.context
+        vocab, width = self.config.vocab, self.config.embed.inner or self.config.width
+        parts = [self.embed.cost("embed")]
+        parts += [block.cost(f"layers.{index}", length) for index, block in enumerate(self.blocks())]
+        if self.norm is not None:
+            parts.append(self.norm.cost("norm"))
+        if self.transform is not None:
+            parts.append(self.transform.cost("transform"))
+        if self.narrow is not None:
+            parts.append(self.narrow.cost("narrow"))
+        if self.config.head is not None:
+            parameters = 0 if self.head is None else sum(parameter.numel() for parameter in self.head.parameters())
+            shape = "tied" if self.config.tied else f"{width} → {vocab}"
+            parts.append(Cost("head", parameters, 2.0 * vocab * width, 2.0 * width, 0.0, shape))
+        return Cost.sum(self.config.kind, tuple(parts))
