@@ -10,8 +10,25 @@ needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ com
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
+def has_products() -> bool:
+    found = native.library()
+    return found is not None and found.has_products
+
+
+needs_products = pytest.mark.skipif(not has_products(), reason="no bfloat16 products on this processor")
+every_unit = pytest.mark.parametrize("unit", ["native", "vector"], indirect=True)
+
+
+@pytest.fixture
+def unit(request, monkeypatch):
+    """Which instructions multiply: the processor's matrix unit where it has one, or its vectors."""
+    monkeypatch.setenv("HEADSPRING_KERNELS", request.param)
+    if not has_products():
+        pytest.skip("no bfloat16 products of this kind")
+
+
 def operators(time: int = 5, channels: int = 24):
-    cos, sin = RoPE().angles(torch.arange(time)[None], channels)
+    cos, sin = (table[0] for table in RoPE().angles(torch.arange(time)[None], channels))
     return {
         "rms_norm": (
             lambda x, w: kernels.rms_norm(x, w, 1e-6),
@@ -23,12 +40,47 @@ def operators(time: int = 5, channels: int = 24):
             kernels.silu_multiply_plain,
             lambda dtype: (8 * torch.randn(7, 33, dtype=dtype), torch.randn(7, 33, dtype=dtype)),
         ),
+        "silu_multiply_halves": (
+            kernels.silu_multiply_halves,
+            lambda both: kernels.silu_multiply_plain(*both.chunk(2, dim=-1)),
+            lambda dtype: (8 * torch.randn(3, 7, 34, dtype=dtype),),
+        ),
+        "add_rms_norm": (
+            lambda x, y, w: joined(kernels.add_rms_norm(x, y, w, 1e-6)),
+            lambda x, y, w: joined((x + y, kernels.rms_norm_plain(x + y, w, 1e-6))),
+            lambda dtype: (torch.randn(2, 5, 40, dtype=dtype), torch.randn(2, 5, 40, dtype=dtype), torch.randn(40)),
+        ),
+        "add_rms_norm of one": (
+            lambda x, w: joined(kernels.add_rms_norm(x, None, w, 1e-6)),
+            lambda x, w: joined((x, kernels.rms_norm_plain(x, w, 1e-6))),
+            lambda dtype: (torch.randn(2, 5, 40, dtype=dtype), torch.randn(40)),
+        ),
+        "place_heads": (
+            lambda x, *gains: joined(kernels.place_heads(x, (4, 2), gains, (cos[None], sin[None]), 1e-6)),
+            lambda x, *gains: joined(kernels.place_heads_plain(x, (4, 2), gains, (cos[None], sin[None]), 1e-6)),
+            lambda dtype: (torch.randn(2, time, 8 * channels, dtype=dtype), torch.rand(channels), torch.rand(channels)),
+        ),
+        "place_heads as they are": (
+            lambda x: joined(kernels.place_heads(x, (3, 3), None, None)),
+            lambda x: joined(kernels.place_heads_plain(x, (3, 3), None, None, 0.0)),
+            lambda dtype: (torch.randn(2, time, 9 * channels, dtype=dtype),),
+        ),
+        "linear": (
+            lambda x, *w: kernels.linear(x, w),
+            lambda x, *w: torch.nn.functional.linear(x, torch.cat(w).to(x.dtype)),
+            lambda dtype: (torch.randn(3, 67, 64, dtype=dtype), torch.randn(32, 64), torch.randn(96, 64)),
+        ),
         "rotate": (
-            lambda x: kernels.rotate(x, cos, sin),
-            lambda x: kernels.rotate_plain(x, cos, sin),
+            lambda x: kernels.rotate(x, cos[None], sin[None]),
+            lambda x: kernels.rotate_plain(x, cos[None], sin[None]),
             lambda dtype: (torch.randn(2, time, 3, channels, dtype=dtype),),
         ),
     }
+
+
+def joined(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Several outputs as one, so that each gets a gradient of its own."""
+    return torch.cat([output.flatten() for output in outputs])
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -56,6 +108,21 @@ def test_native_equals_plain(name, dtype):
     for a, b in zip(ours, theirs):
         assert a.dtype == b.dtype
         assert relative_error(a, b) < TOLERANCE[dtype]
+
+
+@needs_compiler
+@every_unit
+@pytest.mark.parametrize("rows", [1, 300])
+def test_weight_gradients_keep_float32_sums(unit, rows):
+    """Against a product in float64; the control is the same product rounded to bfloat16, as torch gives it."""
+    torch.manual_seed(0)
+    gradient, x = torch.randn(rows, 96).bfloat16(), torch.randn(rows, 160).bfloat16()
+    exact = gradient.double().T @ x.double()
+    ours = kernels.weight_gradient(gradient[:, 32:], x)
+    assert relative_error(ours, exact[32:]) < 1e-6
+    twice = kernels.weight_gradient(gradient[:, 32:], x, ours)
+    assert twice is ours and relative_error(twice, 2 * exact[32:]) < 1e-6
+    assert relative_error(gradient.T @ x, exact) > 1e-4 or rows == 1
 
 
 @needs_compiler
@@ -99,23 +166,6 @@ def test_rotation_depends_on_distance_only():
 
     torch.testing.assert_close(product(7, 3), product(37, 33), atol=1e-4, rtol=1e-4)
     assert abs(product(7, 3) - product(7, 5)) > 1e-3
-
-
-def has_products() -> bool:
-    found = native.library()
-    return found is not None and found.has_products
-
-
-needs_products = pytest.mark.skipif(not has_products(), reason="no bfloat16 products on this processor")
-every_unit = pytest.mark.parametrize("unit", ["native", "vector"], indirect=True)
-
-
-@pytest.fixture
-def unit(request, monkeypatch):
-    """Which instructions multiply: the processor's matrix unit where it has one, or its vectors."""
-    monkeypatch.setenv("HEADSPRING_KERNELS", request.param)
-    if not has_products():
-        pytest.skip("no bfloat16 products of this kind")
 
 
 ATTENTION_SHAPES = [  # batch, heads, key-value heads, time, channels
@@ -178,14 +228,6 @@ def test_attention_reads_views_of_one_product():
     mixed = torch.randn(2, 33, 3, 4, 32).bfloat16()
     q, k, v = (x.transpose(1, 2) for x in mixed.unbind(2))
     assert torch.equal(kernels.causal_attention(q, k, v), kernels.causal_attention(q.clone(), k.clone(), v.clone()))
-
-
-@needs_products
-def test_one_row_of_first_keys_serves_all_rows():
-    """A window is the same for every row of a batch."""
-    q, k, v = attention_problem(3, 2, 2, 70, 32)
-    window = (torch.arange(70)[None] - 5).clamp(min=0)
-    assert torch.equal(kernels.causal_attention(q, k, v, window), kernels.causal_attention(q, k, v, window.repeat(3, 1)))
 
 
 @needs_products

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from headspring.models import native
 from headspring.training.optimizers import AdamW, Muon, MuonOptimizer, build_optimizers, orthogonalise
 from headspring.training.schedule import Cosine, WarmupStableDecay
 
@@ -55,6 +56,29 @@ def test_muon_equals_torch_muon():
         second.step()
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)  # both orthogonalise in bfloat16, in another order
+
+
+@pytest.mark.skipif(native.library() is None or not native.library().has_products, reason="no bfloat16 products here")
+@pytest.mark.parametrize("shape", [(32, 32), (96, 64), (64, 160)])
+def test_the_native_step_is_the_plain_one(monkeypatch, shape):
+    """Value and momentum after three steps, of several matrices; the control is a plain step with another momentum."""
+
+    def after(kernel_set: str, momentum: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        monkeypatch.setenv("HEADSPRING_KERNELS", kernel_set)
+        torch.manual_seed(0)
+        matrices = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
+        optimizer = MuonOptimizer(matrices, Muon(learning_rate=0.1, weight_decay=0.1, momentum=momentum))
+        for _ in range(3):
+            for matrix in matrices:
+                matrix.grad = torch.randn(shape)
+            optimizer.step()
+        return [m.detach() for m in matrices], [optimizer.state[m]["momentum"] for m in matrices]
+
+    ours, theirs, others = after("native", 0.95), after("plain", 0.95), after("plain", 0.5)
+    for a, b, c in zip(ours[0], theirs[0], others[0]):
+        assert (a - b).norm() < 0.1 * (b - c).norm()
+    for a, b in zip(ours[1], theirs[1]):
+        torch.testing.assert_close(a, b)
 
 
 def test_schedules():

@@ -14,10 +14,11 @@ from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from headspring.artifacts.value import Value
+from headspring.models import kernels
 from headspring.models.context import Context
 from headspring.models.feedforward import FeedForward, FeedForwardModule
 from headspring.models.mixer import Mixer, MixerModule
-from headspring.models.norm import Norm, RMSNorm
+from headspring.models.norm import Norm, RMSNorm, RMSNormModule
 from headspring.models.part import Cost, PartModule
 from headspring.models.state import LayerState
 
@@ -105,9 +106,17 @@ class BranchModule(nn.Module):
         self.out = value.out.build(width) if value.out else None
         self.residual, self.skip = value.residual, value.skip
 
-    def read(self, x: torch.Tensor) -> torch.Tensor:
-        """What `f` sees of the stream."""
-        return x if self.pre is None else self.pre(x)
+    def read(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream, x + y, and what `f` sees of it."""
+        if isinstance(self.pre, RMSNormModule):
+            return kernels.add_rms_norm(x, y, self.pre.gain, self.pre.epsilon)
+        x = x if y is None else x + y
+        return x, x if self.pre is None else self.pre(x)
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether `combine` is x + y."""
+        return self.residual and self.skip == 1.0 and self.post is None and self.out is None
 
     def combine(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The stream after `f` gave `y`."""
@@ -142,13 +151,25 @@ class BlockModule(PartModule):
 
     def forward(self, x: torch.Tensor, context: Context, state: LayerState | None = None) -> torch.Tensor:
         x = self.site("residual.pre", x)
-        read = x if self.pre is None else self.pre(x)
-        mixed = self.mixes(self.mixer.read(read), context, state)
-        middle = self.site("residual.mid", self.mixer.combine(x, mixed))
+        if self.parallel:
+            return self.site("residual.post", self._parallel(x, context, state))
+        x, read = self.mixer.read(x)
+        y = self.mixes(read, context, state)
+        if self.feedforward is None or self.tap is not None or not self.mixer.only_adds:
+            x, y = self.site("residual.mid", self.mixer.combine(x, y)), None
         if self.feedforward is not None:
-            read = read if self.parallel else middle
-            middle = self.feedforward.combine(middle, self.feedforward.f(self.feedforward.read(read)))
-        return self.site("residual.post", middle)
+            x, read = self.feedforward.read(x, y)
+            x = self.feedforward.combine(x, self.feedforward.f(read))
+        return self.site("residual.post", x)
+
+    def _parallel(self, x: torch.Tensor, context: Context, state: LayerState | None) -> torch.Tensor:
+        """Both branches read the same."""
+        read = x if self.pre is None else self.pre(x)
+        middle = self.mixer.combine(x, self.mixes(self.mixer.read(read)[1], context, state))
+        middle = self.site("residual.mid", middle)
+        if self.feedforward is None:
+            return middle
+        return self.feedforward.combine(middle, self.feedforward.f(self.feedforward.read(read)[1]))
 
     def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerState:
         """An empty memory for `batch` rows of up to `capacity` tokens."""

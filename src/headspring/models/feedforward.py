@@ -84,7 +84,12 @@ class GatedModule(FeedForwardModule):
         self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.site("gate", self.gate(x)), self.up(x)
+        parts = (self.gate, self.up)
+        both = kernels.linear(x, [part.weight for part in parts], [part.bias for part in parts if part.bias is not None])
+        if self.activation == "silu" and self.tap is None:
+            return self.out(kernels.silu_multiply_halves(both))
+        gate, up = both.chunk(2, dim=-1)
+        gate = self.site("gate", gate)
         act = kernels.silu_multiply(gate, up) if self.activation == "silu" else ACTIVATIONS[self.activation](gate) * up
         return self.site("out", self.out(self.site("act", act)))
 

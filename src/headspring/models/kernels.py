@@ -8,6 +8,7 @@ between the two kernel sets, which is why `numerics_id()` names the one in use.
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
@@ -54,11 +55,31 @@ def rms_norm_plain(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * weight.float()).to(x.dtype)
 
 
+def add_rms_norm(
+    x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + y (x itself without a y) and its `rms_norm`: what a residual stream passes on, and what its next branch reads.
+
+    As one operator, because both gradients then meet in one pass.
+    """
+    if use_native(x):
+        return _AddRMSNorm.apply(x, y, weight, epsilon)
+    total = x if y is None else x + y
+    return total, rms_norm_plain(total, weight, epsilon)
+
+
 def silu_multiply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) ⊙ up, in float32, returned in the dtype of `gate`."""
     if use_native(gate):
         return _SiluMultiply.apply(gate, up)
     return silu_multiply_plain(gate, up)
+
+
+def silu_multiply_halves(both: torch.Tensor) -> torch.Tensor:
+    """`silu_multiply` of the halves (gate, up) of one product (..., 2F) → (..., F)."""
+    if use_native(both):
+        return _SiluMultiplyHalves.apply(both)
+    return silu_multiply_plain(*both.chunk(2, dim=-1))
 
 
 def silu_multiply_plain(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -80,6 +101,68 @@ def rotate_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+def place_heads(
+    mixed: torch.Tensor,
+    heads: tuple[int, int],
+    gains: tuple[torch.Tensor, torch.Tensor] | None,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    epsilon: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries (B, T, H, C), keys and values (B, T, K, C) from the product mixed (B, T, (H + 2K) C) that made them all.
+
+    `heads` is (H, K). Queries and keys are normalised by `rms_norm` with their gains (C,), then turned by `rotate` with the
+    cosines and sines of `rotation`, where these are given.
+    """
+    if use_native(mixed):
+        return _PlaceHeads.apply(mixed, heads, *(gains or (None, None)), *(rotation or (None, None)), epsilon)
+    return place_heads_plain(mixed, heads, gains, rotation, epsilon)
+
+
+def place_heads_plain(mixed, heads, gains, rotation, epsilon):
+    """The definition of `place_heads`."""
+    count = heads[0] + 2 * heads[1]
+    q, k, v = mixed.unflatten(-1, (count, mixed.shape[-1] // count)).split((heads[0], heads[1], heads[1]), dim=2)
+    if gains is not None:
+        q, k = rms_norm_plain(q, gains[0], epsilon), rms_norm_plain(k, gains[1], epsilon)
+    if rotation is not None:
+        q, k = rotate_plain(q, *rotation), rotate_plain(k, *rotation)
+    return q, k, v
+
+
+def linear(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """x Wᵀ + b of several matrices at once, side by side: (..., I) with weights (Oᵢ, I) and biases (Oᵢ,) → (..., Σ Oᵢ).
+
+    Computed in the dtype of `x`; the parameters keep their own. In training on the CPU they are cast once for both passes,
+    and their gradients are summed in float32.
+    """
+    trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    if trained and use_products(x, *(size for weight in weights for size in weight.shape)):
+        y = _Linear.apply(x, *weights)
+    else:
+        y = _joined([torch.nn.functional.linear(x, weight.to(x.dtype)) for weight in weights], dim=-1)
+    return y + _joined([bias.to(x.dtype) for bias in biases], dim=0) if biases else y
+
+
+def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def use_products(x: torch.Tensor, *sizes: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether native bfloat16 products apply to matrices of these sizes and a tensor like `x`, which is of `dtype`."""
+    fits = x.dtype == dtype and all(size % 32 == 0 for size in sizes)
+    return fits and use_native(x) and built().has_products
+
+
+def weight_gradient(gradient: torch.Tensor, x: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
+    """total + gradientᵀ x (O, I) in float32, of gradient (N, O) and x (N, I). `total` is changed in place."""
+    if use_products(gradient, gradient.shape[1], x.shape[1]):
+        fresh, total = total is None, torch.empty(gradient.shape[1], x.shape[1]) if total is None else total
+        built().add_weight_gradient(gradient, x, total, fresh=fresh)
+        return total
+    product = (gradient.T @ x).float()
+    return product if total is None else total.add_(product)
+
+
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor | None = None) -> torch.Tensor:
     """softmax(q kᵀ / sqrt(C)) v where the query at t sees the keys first[b, t] … t; without `first`, 0 … t.
 
@@ -93,8 +176,7 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: t
 
 def attends_natively(q: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether `causal_attention` has an operator for queries and values like these."""
-    channels = q.shape[-1]
-    return q.dtype == torch.bfloat16 and channels % 32 == 0 == v.shape[-1] - channels and use_native(q) and built().has_products
+    return v.shape[-1] == q.shape[-1] and use_products(q, q.shape[-1])
 
 
 def causal_attention_plain(
@@ -107,6 +189,10 @@ def causal_attention_plain(
     place = torch.arange(q.shape[2], device=q.device)
     seen = (place <= place[:, None]) & (place >= first[:, :, None])
     return scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=grouped)
+
+
+def _rows_in_one_piece(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -124,16 +210,87 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype), None
 
 
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, weight, epsilon):
+        ctx.set_materialize_grads(False)
+        ctx.has_y = y is not None
+        if y is None:
+            total = x.contiguous()
+            normed, scale = built().rms_norm(total, weight.float(), epsilon)
+            total = total.view_as(total) if total is x else total
+        else:
+            total, normed, scale = built().add_rms_norm(x.contiguous(), y.contiguous(), weight.float(), epsilon)
+        ctx.save_for_backward(total, weight, scale)
+        return total, normed
+
+    @staticmethod
+    def backward(ctx, passed, gradient):
+        total, weight, scale = ctx.saved_tensors
+        if gradient is None:
+            return passed, passed if ctx.has_y else None, None, None
+        passed = None if passed is None else passed.contiguous()
+        grad, grad_weight = built().rms_norm_backward(gradient.contiguous(), total, weight.float(), scale, passed)
+        return grad, grad if ctx.has_y else None, grad_weight.to(weight.dtype), None
+
+
 class _SiluMultiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return built().silu_multiply(gate, up)
+        return built().silu_multiply(gate.view(1, -1), up.view(1, -1)).view(gate.shape)
 
     @staticmethod
     def backward(ctx, gradient):
-        return built().silu_multiply_backward(gradient.contiguous(), *ctx.saved_tensors)
+        gate, up = ctx.saved_tensors
+        grads = torch.empty_like(gate), torch.empty_like(up)
+        built().silu_multiply_backward(*(x.view(1, -1) for x in (gradient.contiguous(), gate, up, *grads)))
+        return grads
+
+
+class _SiluMultiplyHalves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, both):
+        both = both.contiguous()
+        ctx.save_for_backward(both)
+        return built().silu_multiply(*both.flatten(0, -2).chunk(2, dim=-1)).view(*both.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (both,) = ctx.saved_tensors
+        grads = torch.empty_like(both)
+        halves = (half for x in (both, grads) for half in x.flatten(0, -2).chunk(2, dim=-1))
+        built().silu_multiply_backward(gradient.contiguous(), *halves)
+        return grads
+
+
+class _PlaceHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mixed, heads, q_gain, k_gain, cos, sin, epsilon):
+        mixed, (count, shared) = mixed.contiguous(), heads
+        channels = mixed.shape[-1] // (count + 2 * shared)
+        gains = None
+        if q_gain is not None:
+            gains = torch.cat([q_gain.float().expand(count, -1), k_gain.float().expand(shared, -1)])
+        placed = built().place_heads(mixed, gains, cos, sin, count + shared, channels, epsilon)
+        ctx.save_for_backward(mixed, gains, cos, sin)
+        ctx.heads, ctx.epsilon, ctx.gain_dtype = heads, epsilon, None if q_gain is None else q_gain.dtype
+        values = mixed[..., (count + shared) * channels :].unflatten(-1, (shared, channels))
+        return *placed.split(heads, dim=2), values
+
+    @staticmethod
+    def backward(ctx, *grads):
+        mixed, gains, cos, sin = ctx.saved_tensors
+        count, shared = ctx.heads
+        grad_mixed, channels = torch.empty_like(mixed), mixed.shape[-1] // (count + 2 * shared)
+        placed = torch.cat(grads[:2], dim=2)
+        grad_gains = built().place_heads_backward(placed, mixed, gains, cos, sin, grad_mixed, ctx.epsilon)
+        grad_mixed[..., (count + shared) * channels :].unflatten(-1, (shared, channels)).copy_(grads[2])
+        if gains is None:
+            return grad_mixed, *[None] * 6
+        q_gain, k_gain = (part.sum(0).to(ctx.gain_dtype) for part in grad_gains.split(ctx.heads))
+        return grad_mixed, None, q_gain, k_gain, None, None, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -147,15 +304,33 @@ class _Rotate(torch.autograd.Function):
         return built().rotate(gradient.contiguous(), *ctx.saved_tensors, inverse=True), None, None
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *weights):
+        rows = x.reshape(-1, x.shape[-1])
+        narrow = _joined([weight.to(x.dtype) for weight in weights], dim=0)
+        ctx.save_for_backward(rows, narrow)
+        ctx.sizes, ctx.dtypes = [len(weight) for weight in weights], [weight.dtype for weight in weights]
+        return (rows @ narrow.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, narrow = ctx.saved_tensors
+        flat = _rows_in_one_piece(gradient.reshape(-1, gradient.shape[-1]))
+        grad_x = (flat @ narrow).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        grads = weight_gradient(flat, rows).split(ctx.sizes)
+        return grad_x, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes))
+
+
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, first):
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = (_rows_in_one_piece(x) for x in (q, k, v))
         y, log_sums = built().attention(q, k, v, first)
         ctx.save_for_backward(q, k, v, y, log_sums, first)
         return y
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+        gradient = _rows_in_one_piece(gradient)
         return *built().attention_backward(gradient, *ctx.saved_tensors), None

@@ -53,30 +53,33 @@ static inline float fast_exp(float x) {
     return p * power;
 }
 
+// One row; gives its scale. Never inlined, so that every caller's last bits are the same.
+template <class T>
+__attribute__((noinline)) static float normalise(const T *in, const float *weight, T *out, int64_t width, float epsilon) {
+    float sum = 0;
+    for (int64_t i = 0; i < width; i++) sum += load(in[i]) * load(in[i]);
+    float s = 1.0f / std::sqrt(sum / float(width) + epsilon);
+    for (int64_t i = 0; i < width; i++) store(out + i, load(in[i]) * s * weight[i]);
+    return s;
+}
+
 template <class T>
 static void rms_norm(int threads, const T *x, const float *weight, T *y, float *scale, int64_t rows, int64_t width,
                      float epsilon) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        const T *in = x + r * width;
-        T *out = y + r * width;
-        float sum = 0;
-        for (int64_t i = 0; i < width; i++) sum += load(in[i]) * load(in[i]);
-        float s = 1.0f / std::sqrt(sum / float(width) + epsilon);
-        scale[r] = s;
-        for (int64_t i = 0; i < width; i++) store(out + i, load(in[i]) * s * weight[i]);
-    }
+    for (int64_t r = 0; r < rows; r++) scale[r] = normalise(x + r * width, weight, y + r * width, width, epsilon);
 }
 
-// With n = x s:  dx = s (w dy − n mean(w dy n));  dw = sum over rows of dy n, one partial sum a thread.
+// With n = x s:  dx = s (w dy − n mean(w dy n)), plus `passed` where there is one;  dw = sum over rows of dy n, one partial
+// sum a thread.
 template <class T>
-static void rms_norm_backward(int threads, const T *gradient, const T *x, const float *weight, const float *scale,
-                              T *grad_x, float *partial, int64_t rows, int64_t width) {
+static void rms_norm_backward(int threads, const T *gradient, const T *passed, const T *x, const float *weight,
+                              const float *scale, T *grad_x, float *partial, int64_t rows, int64_t width) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < threads; t++) {
         float *sums = partial + t * width;
         for (int64_t r = rows * t / threads; r < rows * (t + 1) / threads; r++) {
-            const T *dy = gradient + r * width, *in = x + r * width;
+            const T *dy = gradient + r * width, *in = x + r * width, *more = passed ? passed + r * width : nullptr;
             T *dx = grad_x + r * width;
             float s = scale[r], dot = 0;
             for (int64_t i = 0; i < width; i++) {
@@ -85,31 +88,54 @@ static void rms_norm_backward(int threads, const T *gradient, const T *x, const 
                 dot += g * weight[i] * normalised;
             }
             dot /= float(width);
-            for (int64_t i = 0; i < width; i++)
-                store(dx + i, s * (load(dy[i]) * weight[i] - load(in[i]) * s * dot));
+            if (more)
+                for (int64_t i = 0; i < width; i++)
+                    store(dx + i, s * (load(dy[i]) * weight[i] - load(in[i]) * s * dot) + load(more[i]));
+            else
+                for (int64_t i = 0; i < width; i++)
+                    store(dx + i, s * (load(dy[i]) * weight[i] - load(in[i]) * s * dot));
         }
     }
 }
 
+// sum = x + y and its norm, in one pass.
 template <class T>
-static void silu_multiply(int threads, const T *gate, const T *up, T *y, int64_t count) {
-#pragma omp parallel for simd num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count; i++) {
-        float g = load(gate[i]);
-        store(y + i, g / (1.0f + fast_exp(-g)) * load(up[i]));
+static void add_rms_norm(int threads, const T *x, const T *y, const float *weight, T *sum, T *normed, float *scale,
+                         int64_t rows, int64_t width, float epsilon) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const T *a = x + r * width, *b = y + r * width;
+        T *out = sum + r * width;
+        for (int64_t i = 0; i < width; i++) store(out + i, load(a[i]) + load(b[i]));
+        scale[r] = normalise(out, weight, normed + r * width, width, epsilon);
     }
+}
+
+// `gate` and `up` are (rows, width), each row `stride` elements after the one before.
+template <class T>
+static void silu_multiply(int threads, const T *gate, const T *up, T *y, int64_t rows, int64_t width, int64_t stride) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            float g = load(gate[r * stride + i]);
+            store(y + r * width + i, g / (1.0f + fast_exp(-g)) * load(up[r * stride + i]));
+        }
 }
 
 template <class T>
 static void silu_multiply_backward(int threads, const T *gradient, const T *gate, const T *up, T *grad_gate, T *grad_up,
-                                   int64_t count) {
-#pragma omp parallel for simd num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count; i++) {
-        float g = load(gate[i]), dy = load(gradient[i]);
-        float sigmoid = 1.0f / (1.0f + fast_exp(-g));
-        store(grad_up + i, dy * g * sigmoid);
-        store(grad_gate + i, dy * load(up[i]) * sigmoid * (1.0f + g * (1.0f - sigmoid)));
-    }
+                                   int64_t rows, int64_t width, int64_t stride) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            int64_t at = r * stride + i;
+            float g = load(gate[at]), dy = load(gradient[r * width + i]);
+            float sigmoid = 1.0f / (1.0f + fast_exp(-g));
+            store(grad_up + at, dy * g * sigmoid);
+            store(grad_gate + at, dy * load(up[at]) * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+        }
 }
 
 template <class T>
@@ -133,6 +159,87 @@ static void rotate(int threads, const T *x, const float *cosines, const float *s
     }
 }
 
+// Queries and keys from the product that made them with the values: row r of `mixed` (rows, stride) holds `heads` heads of
+// `channels`; each is normalised by its `gains` (its own (channels,) of (heads, channels); null: not normalised), then rotated
+// (`cosines` null: not rotated). What comes out is (rows, heads, channels), float statistics and one rounding at the end.
+template <class T>
+static void place_heads(int threads, const T *mixed, const float *gains, const float *cosines, const float *sines, T *y,
+                        int64_t rows, int64_t time, int64_t heads, int64_t channels, int64_t stride, int64_t row_stride,
+                        float epsilon) {
+    int64_t half = channels / 2;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> values(channels);
+        float *n = values.data();
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) {
+            int64_t place = (row / time) * row_stride + row % time;
+            for (int64_t h = 0; h < heads; h++) {
+                const T *in = mixed + row * stride + h * channels;
+                T *out = y + (row * heads + h) * channels;
+                for (int64_t i = 0; i < channels; i++) n[i] = load(in[i]);
+                if (gains) {
+                    float squares = 0;
+                    for (int64_t i = 0; i < channels; i++) squares += n[i] * n[i];
+                    float s = 1.0f / std::sqrt(squares / float(channels) + epsilon);
+                    for (int64_t i = 0; i < channels; i++) n[i] *= s * gains[h * channels + i];
+                }
+                if (cosines) {
+                    const float *c = cosines + place * half, *s = sines + place * half;
+                    for (int64_t i = 0; i < half; i++) {
+                        store(out + i, n[i] * c[i] - n[i + half] * s[i]);
+                        store(out + i + half, n[i + half] * c[i] + n[i] * s[i]);
+                    }
+                } else
+                    for (int64_t i = 0; i < channels; i++) store(out + i, n[i]);
+            }
+        }
+    }
+}
+
+// Its gradient: `gradient` (rows, heads, channels) → `grad_mixed` (rows, stride), and the gains' as a partial sum a thread.
+template <class T>
+static void place_heads_backward(int threads, const T *gradient, const T *mixed, const float *gains, const float *cosines,
+                                 const float *sines, T *grad_mixed, float *partial, int64_t rows, int64_t time,
+                                 int64_t heads, int64_t channels, int64_t stride, int64_t row_stride, float epsilon) {
+    int64_t half = channels / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < threads; t++) {
+        std::vector<float> turned(channels);
+        float *g = turned.data();
+        for (int64_t row = rows * t / threads; row < rows * (t + 1) / threads; row++) {
+            int64_t place = (row / time) * row_stride + row % time;
+            for (int64_t h = 0; h < heads; h++) {
+                const T *dy = gradient + (row * heads + h) * channels, *in = mixed + row * stride + h * channels;
+                T *dx = grad_mixed + row * stride + h * channels;
+                if (cosines) {
+                    const float *c = cosines + place * half, *s = sines + place * half;
+                    for (int64_t i = 0; i < half; i++) {
+                        float a = load(dy[i]), b = load(dy[i + half]);
+                        g[i] = a * c[i] + b * s[i];
+                        g[i + half] = b * c[i] - a * s[i];
+                    }
+                } else
+                    for (int64_t i = 0; i < channels; i++) g[i] = load(dy[i]);
+                if (gains) {
+                    const float *w = gains + h * channels;
+                    float *sums = partial + (t * heads + h) * channels, squares = 0, dot = 0;
+                    for (int64_t i = 0; i < channels; i++) squares += load(in[i]) * load(in[i]);
+                    float s = 1.0f / std::sqrt(squares / float(channels) + epsilon);
+                    for (int64_t i = 0; i < channels; i++) {
+                        float normalised = load(in[i]) * s;
+                        sums[i] += g[i] * normalised;
+                        dot += g[i] * w[i] * normalised;
+                    }
+                    dot *= s / float(channels);
+                    for (int64_t i = 0; i < channels; i++) store(dx + i, s * (g[i] * w[i] - load(in[i]) * dot));
+                } else
+                    for (int64_t i = 0; i < channels; i++) store(dx + i, g[i]);
+            }
+        }
+    }
+}
+
 // One row at a time, so that its 2V bytes stay in cache: maximum, sum of exponentials, then the gradient in place.
 template <class T>
 static void cross_entropy(int threads, T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t vocab,
@@ -145,6 +252,7 @@ static void cross_entropy(int threads, T *logits, const int64_t *targets, float 
         for (int64_t r = 0; r < rows; r++) {
             T *row = logits + r * vocab;
             float largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)  // without it, the maximum alone takes as long as all the rest
             for (int64_t i = 0; i < vocab; i++) {
                 float value = load(row[i]);
                 largest = value > largest ? value : largest;
@@ -172,16 +280,36 @@ static void cross_entropy(int threads, T *logits, const int64_t *targets, float 
 BOTH(rms_norm, RMS_NORM, (threads, x, w, y, scale, rows, width, epsilon))
 
 #define RMS_NORM_BACKWARD(T)                                                                                         \
-    (int threads, const T *dy, const T *x, const float *w, const float *scale, T *dx, float *dw, int64_t rows,       \
-     int64_t width)
-BOTH(rms_norm_backward, RMS_NORM_BACKWARD, (threads, dy, x, w, scale, dx, dw, rows, width))
+    (int threads, const T *dy, const T *passed, const T *x, const float *w, const float *scale, T *dx, float *dw,    \
+     int64_t rows, int64_t width)
+BOTH(rms_norm_backward, RMS_NORM_BACKWARD, (threads, dy, passed, x, w, scale, dx, dw, rows, width))
 
-#define SILU_MULTIPLY(T) (int threads, const T *gate, const T *up, T *y, int64_t count)
-BOTH(silu_multiply, SILU_MULTIPLY, (threads, gate, up, y, count))
+#define ADD_RMS_NORM(T)                                                                                              \
+    (int threads, const T *x, const T *y, const float *w, T *sum, T *normed, float *scale, int64_t rows,             \
+     int64_t width, float epsilon)
+BOTH(add_rms_norm, ADD_RMS_NORM, (threads, x, y, w, sum, normed, scale, rows, width, epsilon))
+
+#define SILU_MULTIPLY(T)                                                                                             \
+    (int threads, const T *gate, const T *up, T *y, int64_t rows, int64_t width, int64_t stride)
+BOTH(silu_multiply, SILU_MULTIPLY, (threads, gate, up, y, rows, width, stride))
 
 #define SILU_MULTIPLY_BACKWARD(T)                                                                                    \
-    (int threads, const T *dy, const T *gate, const T *up, T *dgate, T *dup, int64_t count)
-BOTH(silu_multiply_backward, SILU_MULTIPLY_BACKWARD, (threads, dy, gate, up, dgate, dup, count))
+    (int threads, const T *dy, const T *gate, const T *up, T *dgate, T *dup, int64_t rows, int64_t width,            \
+     int64_t stride)
+BOTH(silu_multiply_backward, SILU_MULTIPLY_BACKWARD, (threads, dy, gate, up, dgate, dup, rows, width, stride))
+
+#define PLACE_HEADS(T)                                                                                               \
+    (int threads, const T *mixed, const float *gains, const float *c, const float *s, T *y, int64_t rows,            \
+     int64_t time, int64_t heads, int64_t channels, int64_t stride, int64_t row_stride, float epsilon)
+BOTH(place_heads, PLACE_HEADS,
+     (threads, mixed, gains, c, s, y, rows, time, heads, channels, stride, row_stride, epsilon))
+
+#define PLACE_HEADS_BACKWARD(T)                                                                                      \
+    (int threads, const T *dy, const T *mixed, const float *gains, const float *c, const float *s, T *dmixed,        \
+     float *dgains, int64_t rows, int64_t time, int64_t heads, int64_t channels, int64_t stride, int64_t row_stride, \
+     float epsilon)
+BOTH(place_heads_backward, PLACE_HEADS_BACKWARD,
+     (threads, dy, mixed, gains, c, s, dmixed, dgains, rows, time, heads, channels, stride, row_stride, epsilon))
 
 #define ROTATE(T)                                                                                                    \
     (int threads, const T *x, const float *c, const float *s, T *y, int64_t batch, int64_t time, int64_t heads,      \

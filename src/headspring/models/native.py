@@ -13,17 +13,20 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from headspring.artifacts.environment import processor_name
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "native_attention.cpp"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("native.cpp", "native_attention.cpp", "native_linear.cpp", "native_muon.cpp")
+)
 HEADERS = (Path(__file__).with_name("native_products.h"),)
 # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning, which -ffast-math would not promise.
 FLAGS = (
-    *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
+    *("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
 )
 
@@ -89,7 +92,7 @@ class Library:
 
     def _call(self, name: str, dtype: torch.dtype, *arguments) -> None:
         suffix = "bf16" if dtype == torch.bfloat16 else "f32"
-        converted = [_pointer(a) if isinstance(a, torch.Tensor) else _scalar(a) for a in arguments]
+        converted = [_pointer(a) if a is None or isinstance(a, torch.Tensor) else _scalar(a) for a in arguments]
         getattr(self._handle, f"{name}_{suffix}")(ctypes.c_int(torch.get_num_threads()), *converted)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,25 +101,84 @@ class Library:
         self._call("rms_norm", x.dtype, x, weight, y, scale, rows, x.shape[-1], epsilon)
         return y, scale
 
+    def add_rms_norm(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, epsilon: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x + y, its norm, and the scale of each row."""
+        total, normed, rows = torch.empty_like(x), torch.empty_like(x), x.numel() // x.shape[-1]
+        scale = torch.empty(rows, dtype=torch.float32)
+        self._call("add_rms_norm", x.dtype, x, y, weight, total, normed, scale, rows, x.shape[-1], epsilon)
+        return total, normed, scale
+
     def rms_norm_backward(
-        self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+        self,
+        gradient: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        passed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of x (`passed` added to it) and of the weight."""
         grad_x, width = torch.empty_like(x), x.shape[-1]
         partial = torch.zeros(torch.get_num_threads(), width)
-        self._call("rms_norm_backward", x.dtype, gradient, x, weight, scale, grad_x, partial, scale.numel(), width)
+        arguments = (gradient, passed, x, weight, scale, grad_x, partial, scale.numel(), width)
+        self._call("rms_norm_backward", x.dtype, *arguments)
         return grad_x, partial.sum(0)
 
     def silu_multiply(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        y = torch.empty_like(gate)
-        self._call("silu_multiply", gate.dtype, gate, up, y, gate.numel())
+        """gate and up (N, F), their rows equally far apart."""
+        y = torch.empty(gate.shape, dtype=gate.dtype)
+        self._call("silu_multiply", gate.dtype, gate, up, y, *gate.shape, gate.stride(0))
         return y
 
     def silu_multiply_backward(
-        self, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        self._call("silu_multiply_backward", gate.dtype, gradient, gate, up, grad_gate, grad_up, gate.numel())
-        return grad_gate, grad_up
+        self,
+        gradient: torch.Tensor,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        grad_gate: torch.Tensor,
+        grad_up: torch.Tensor,
+    ) -> None:
+        """Fills grad_gate and grad_up, which lie in memory as gate and up do."""
+        arguments = (gradient, gate, up, grad_gate, grad_up, *gate.shape, gate.stride(0))
+        self._call("silu_multiply_backward", gate.dtype, *arguments)
+
+    def place_heads(
+        self,
+        mixed: torch.Tensor,
+        gains: torch.Tensor | None,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        heads: int,
+        channels: int,
+        epsilon: float,
+    ) -> torch.Tensor:
+        """The first `heads` heads of mixed (B, T, …), normalised and rotated: (B, T, heads, channels)."""
+        y = torch.empty(*mixed.shape[:2], heads, channels, dtype=mixed.dtype)
+        self._call("place_heads", mixed.dtype, mixed, gains, cos, sin, y, *self._places(mixed, cos, y.shape), epsilon)
+        return y
+
+    def place_heads_backward(
+        self,
+        gradient: torch.Tensor,
+        mixed: torch.Tensor,
+        gains: torch.Tensor | None,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        grad_mixed: torch.Tensor,
+        epsilon: float,
+    ) -> torch.Tensor:
+        """Fills the heads' part of grad_mixed; gives the gradient of the gains (heads, channels)."""
+        partial = torch.zeros(torch.get_num_threads(), *gradient.shape[2:])
+        arguments = (gradient, mixed, gains, cos, sin, grad_mixed, partial, *self._places(mixed, cos, gradient.shape), epsilon)
+        self._call("place_heads_backward", mixed.dtype, *arguments)
+        return partial.sum(0)
+
+    @staticmethod
+    def _places(mixed: torch.Tensor, cos: torch.Tensor | None, shape: torch.Size) -> tuple[int, ...]:
+        batch, time, heads, channels = shape
+        row_stride = 0 if cos is None or cos.shape[0] == 1 else time
+        return batch * time, time, heads, channels, mixed.shape[-1], row_stride
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inverse: bool) -> torch.Tensor:
         y = torch.empty_like(x)
@@ -160,6 +222,30 @@ class Library:
         first = None if first is None else first.expand(batch, time).contiguous()
         pointers = [_pointer(x) for x in (views, log_sums, first, sizes)]
         getattr(self._handle, name)(ctypes.c_int(torch.get_num_threads()), *pointers, ctypes.c_float(channels**-0.5))
+
+    def add_weight_gradient(self, gradient: torch.Tensor, x: torch.Tensor, total: torch.Tensor, *, fresh: bool) -> None:
+        """total (O, I) float32 += gradientᵀ x, or = where `fresh`. gradient (N, O) and x (N, I) bfloat16, O and I multiples
+        of 32; rows may lie apart."""
+        sizes = (gradient.stride(0), x.stride(0), x.shape[0], gradient.shape[1], x.shape[1], int(not fresh))
+        pointers = [_pointer(tensor) for tensor in (gradient, x, total)]
+        self._handle.weight_gradient(ctypes.c_int(torch.get_num_threads()), *pointers, *map(ctypes.c_int64, sizes))
+
+    def muon(
+        self,
+        matrices: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        coefficients: tuple[float, float, float],
+        steps: int,
+        momentum: float,
+        keep: float,
+        rate: float,
+    ) -> None:
+        """In place on matrices of one shape (value, gradient, momentum), float32: see `native_muon.cpp`."""
+        addresses = torch.tensor([[tensor.data_ptr() for tensor in matrix] for matrix in matrices])
+        sizes = map(ctypes.c_int64, (len(matrices), *matrices[0][0].shape, steps))
+        pointers = _pointer(addresses), (ctypes.c_float * 3)(*coefficients)
+        self._handle.muon(
+            ctypes.c_int(torch.get_num_threads()), *pointers, *sizes, *map(ctypes.c_float, (momentum, keep, rate))
+        )
 
     def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
         """−log softmax(logits)[target] (N,) float32; `logits` (N, V) becomes (softmax − one-hot) · scale in place."""

@@ -29,15 +29,6 @@ struct View {
 
 enum { Q, K, V, Y, GRADIENT, DQ, DK, DV };  // the order in which views are passed
 
-template <class T>
-struct Buffer {
-    T *data;
-    explicit Buffer(int64_t count) : data((T *)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {}
-    ~Buffer() { std::free(data); }
-    Buffer(const Buffer &) = delete;
-    operator T *() { return data; }
-};
-
 struct Shape {
     int64_t batch, heads, kv_heads, time, channels, rows, ld;
     Shape(const int64_t *s)
@@ -85,17 +76,15 @@ void softmax(const float *scores, uint32_t *out, int64_t begin, int64_t end, int
 
 void forward(const View *x, float *log2_sums, const int64_t *first, const Shape &s, float scale, int64_t task) {
     int64_t b = task / s.kv_heads, shared = task % s.kv_heads, group = s.heads / s.kv_heads, C = s.channels;
-    Buffer<bf16> rows(s.rows * C), keys(s.rows * C), values(C * s.ld), result(QUERIES * C);
+    Buffer<bf16> keys(s.rows * C), values(C * s.ld), result(QUERIES * C);
     Buffer<uint32_t> queries(C / 2 * s.ld), pattern(s.rows / 2 * QUERIES);
     Buffer<float> scores(s.rows * QUERIES), mixed(C * QUERIES), factors(QUERIES);
     Buffer<int32_t> starts(s.rows);
     fill_first(first ? first + b * s.time : nullptr, starts, s);
-    copy_rows(x[V], b, shared, rows, s);
-    transposed(rows, C, values, s.ld, s.rows, C);
+    transposed(x[V].row(b, shared, 0), x[V].time, s.time, values, s.ld, s.rows, C);
     copy_rows(x[K], b, shared, keys, s);
     for (int64_t h = shared * group; h < (shared + 1) * group; h++) {
-        copy_rows(x[Q], b, h, rows, s);
-        pairs_of_transposed(rows, C, queries, s.ld, s.rows, C);
+        pairs_of_transposed(x[Q].row(b, h, 0), x[Q].time, s.time, queries, s.ld, s.rows, C);
         float *logs = log2_sums + (b * s.heads + h) * s.rows;
         for (int64_t t = 0; t < s.time; t += QUERIES) {
             int64_t begin = starts[t] / QUERIES * QUERIES, end = t + QUERIES;
@@ -152,23 +141,21 @@ void backward(const View *x, const float *log2_sums, const int64_t *first, const
     fill_first(first ? first + b * s.time : nullptr, starts, s);
     copy_rows(x[K], b, shared, keys, s);
     copy_rows(x[V], b, shared, values, s);
-    transposed(keys, C, keys_turned, s.ld, s.rows, C);
+    transposed(keys, C, s.rows, keys_turned, s.ld, s.rows, C);
     std::memset(dk_sum, 0, s.rows * C * sizeof(float));
     std::memset(dv_sum, 0, s.rows * C * sizeof(float));
     for (int64_t t = 0; t < s.rows; t++) scales[t] = scale;
     for (int64_t h = shared * group; h < (shared + 1) * group; h++) {
-        copy_rows(x[GRADIENT], b, h, rows, s);
-        pairs_of_transposed(rows, C, upstream, s.ld, s.rows, C);
-        pairs_of_rows(rows, C, upstream_rows, C, s.rows, C);
+        pairs_of_transposed(x[GRADIENT].row(b, h, 0), x[GRADIENT].time, s.time, upstream, s.ld, s.rows, C);
+        pairs_of_rows(x[GRADIENT].row(b, h, 0), x[GRADIENT].time, s.time, upstream_rows, C, s.rows, C);
         for (int64_t t = 0; t < s.rows; t++) {
             floats sum = {};
             for (int64_t c = 0; c < C && t < s.time; c += 16)
-                sum += read_bf16(rows + t * C + c) * read_bf16(x[Y].row(b, h, t) + c);
+                sum += read_bf16(x[GRADIENT].row(b, h, t) + c) * read_bf16(x[Y].row(b, h, t) + c);
             delta[t] = _mm512_reduce_add_ps((__m512)sum);
         }
-        copy_rows(x[Q], b, h, rows, s);
-        pairs_of_transposed(rows, C, queries, s.ld, s.rows, C);
-        pairs_of_rows(rows, C, query_rows, C, s.rows, C);
+        pairs_of_transposed(x[Q].row(b, h, 0), x[Q].time, s.time, queries, s.ld, s.rows, C);
+        pairs_of_rows(x[Q].row(b, h, 0), x[Q].time, s.time, query_rows, C, s.rows, C);
         std::memset(dq_turned, 0, C * s.ld * sizeof(float));
         const float *logs = log2_sums + (b * s.heads + h) * s.rows;
         floats factor = floats{} + scale * LOG2_E;

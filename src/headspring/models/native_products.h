@@ -48,6 +48,16 @@ static inline floats read_bf16(const bf16 *from) {
     return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
 }
 
+// Memory that is released where its name ends.
+template <class T>
+struct Buffer {
+    T *data;
+    explicit Buffer(int64_t count) : data((T *)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {}
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer &) = delete;
+    operator T *() { return data; }
+};
+
 // 2^x, relative error below 3e-6. NaN stays NaN.
 static inline floats exp2_of(floats x) {
     floats whole = (floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -84,25 +94,34 @@ static inline void transpose(const words *in, words *out) {
     }
 }
 
-// in (rows, columns) bf16 → out (columns / 2, rows) pairs: the right matrix of a product with inᵀ.
-static inline void pairs_of_transposed(const bf16 *in, int64_t ld_in, uint32_t *out, int64_t ld_out, int64_t rows,
-                                       int64_t columns) {
-    words block[16], turned[16];
+// Layouts of a matrix (rows, columns) of which only the first `valid` rows exist; zeros stand for the rest. Rows and columns
+// are multiples of 32, `ld` is the distance between rows, in elements.
+
+// 16 rows of 32 elements, as 16 words each, transposed.
+static inline void turn_block(const bf16 *in, int64_t ld, int64_t valid, words *turned) {
+    words block[16];
+    for (int i = 0; i < 16; i++) block[i] = i < valid ? read<words>(in + i * ld) : words{};
+    transpose(block, turned);
+}
+
+// out (columns / 2, rows) pairs: the right matrix of a product with inᵀ.
+static inline void pairs_of_transposed(const bf16 *in, int64_t ld_in, int64_t valid, uint32_t *out, int64_t ld_out,
+                                       int64_t rows, int64_t columns) {
+    words turned[16];
     for (int64_t r = 0; r < rows; r += 16)
         for (int64_t c = 0; c < columns; c += 32) {
-            for (int i = 0; i < 16; i++) block[i] = read<words>(in + (r + i) * ld_in + c);
-            transpose(block, turned);
+            turn_block(in + r * ld_in + c, ld_in, valid - r, turned);
             for (int i = 0; i < 16; i++) write(out + (c / 2 + i) * ld_out + r, turned[i]);
         }
 }
 
-// in (rows, columns) bf16 → out (columns, rows) bf16.
-static inline void transposed(const bf16 *in, int64_t ld_in, bf16 *out, int64_t ld_out, int64_t rows, int64_t columns) {
-    words block[16], turned[16];
-    for (int64_t r = 0; r < rows; r += 16)
-        for (int64_t c = 0; c < columns; c += 32) {
-            for (int i = 0; i < 16; i++) block[i] = read<words>(in + (r + i) * ld_in + c);
-            transpose(block, turned);
+// out (columns, rows) bf16.
+static inline void transposed(const bf16 *in, int64_t ld_in, int64_t valid, bf16 *out, int64_t ld_out, int64_t rows,
+                              int64_t columns) {
+    words turned[16];
+    for (int64_t c = 0; c < columns; c += 32)
+        for (int64_t r = 0; r < rows; r += 16) {
+            turn_block(in + r * ld_in + c, ld_in, valid - r, turned);
             for (int i = 0; i < 16; i++) {
                 bf16 *even = out + (c + 2 * i) * ld_out + r;
                 _mm256_storeu_si256((__m256i *)even, _mm512_cvtepi32_epi16((__m512i)turned[i]));
@@ -111,14 +130,14 @@ static inline void transposed(const bf16 *in, int64_t ld_in, bf16 *out, int64_t 
         }
 }
 
-// in (rows, columns) bf16 → out (rows / 2, columns) pairs: the right matrix of a product with in.
-static inline void pairs_of_rows(const bf16 *in, int64_t ld_in, uint32_t *out, int64_t ld_out, int64_t rows,
+// out (rows / 2, columns) pairs: the right matrix of a product with in.
+static inline void pairs_of_rows(const bf16 *in, int64_t ld_in, int64_t valid, uint32_t *out, int64_t ld_out, int64_t rows,
                                  int64_t columns) {
     for (int64_t r = 0; r < rows; r += 2)
         for (int64_t c = 0; c < columns; c += 16) {
-            __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(in + r * ld_in + c)));
-            __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(in + (r + 1) * ld_in + c)));
-            _mm512_storeu_si512(out + r / 2 * ld_out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            floats low = r < valid ? read_bf16(in + r * ld_in + c) : floats{};
+            floats high = r + 1 < valid ? read_bf16(in + (r + 1) * ld_in + c) : floats{};
+            write(out + r / 2 * ld_out + c, ((words)low >> 16) | (words)high);
         }
 }
 

@@ -76,9 +76,15 @@ class RMSNormModule(NormModule):
             return {}
         return {"weight": ParameterRule(constant(0.0 if self.value.plus_one else 1.0), "vector")}
 
+    @property
+    def gain(self) -> torch.Tensor:
+        """What multiplies: (D,), whatever way it is stored."""
+        if self.weight is None:
+            return torch.ones(self.width)
+        return self.weight.float() + 1.0 if self.value.plus_one else self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gain = x.new_ones(self.width, dtype=torch.float32) if self.weight is None else self.weight
-        return kernels.rms_norm(x, gain.float() + 1.0 if self.value.plus_one else gain, self.epsilon)
+        return kernels.rms_norm(x, self.gain.to(x.device), self.epsilon)
 
     def cost(self, name: str) -> Cost:
         parameters = 0 if self.weight is None else self.width

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from headspring.models import kernels
+
 Group = Literal["matrix", "embedding", "head", "vector"]
 
 
@@ -127,8 +129,7 @@ class Linear(PartModule):
         return rules
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        return kernels.linear(x, (self.weight,), () if self.bias is None else (self.bias,))
 
     def cost(self, name: str) -> Cost:
         outputs, inputs = self.weight.shape

@@ -88,8 +88,7 @@ class _Head:
 
     def add(self, gradient: torch.Tensor, rows: torch.Tensor) -> None:
         """Sum the head's own gradients, in float32."""
-        weight = gradient.T @ rows
-        self.grad_weight = weight.float() if self.grad_weight is None else self.grad_weight.add_(weight)
+        self.grad_weight = kernels.weight_gradient(gradient, rows, self.grad_weight)
         if self.bias is not None:
             bias = gradient.sum(0, dtype=torch.float32)
             self.grad_bias = bias if self.grad_bias is None else self.grad_bias.add_(bias)

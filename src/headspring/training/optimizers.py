@@ -15,9 +15,11 @@ from pydantic import Field
 from torch import nn
 
 from headspring.artifacts.value import Value
+from headspring.models import kernels
 from headspring.models.model import ModelModule
 
 Rate = Annotated[float, Field(gt=0)]
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of the quintic iteration
 
 
 class AdamW(Value):
@@ -119,22 +121,40 @@ class MuonOptimizer(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            buffers = []
             for parameter in params:
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                buffers.append(state["momentum"])
-            gradients = [p.grad for p in params]
-            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
-            stacked = torch.stack(updates)
-            directions = orthogonalise(stacked.flatten(0, -3), group["steps"]).view_as(stacked)
+                if "momentum" not in self.state[parameter]:
+                    self.state[parameter]["momentum"] = torch.zeros_like(parameter)
             rows, columns = params[0].shape[-2:]
-            scale = max(1.0, rows / columns) ** 0.5
-            if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, list(directions.to(params[0].dtype)), alpha=-group["lr"] * scale)
+            keep = 1 - group["lr"] * group["weight_decay"]
+            rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+            whole = [(p.data, p.grad.contiguous(), self.state[p]["momentum"]) for p in params if p.grad is not None]
+            # A stack of matrices (an expert each) is that many matrices.
+            matrices = [one for three in whole for one in zip(*(x.view(-1, rows, columns) for x in three), strict=True)]
+            update = _update_natively if _has_native(matrices) else _update_plainly
+            update(matrices, group["steps"], group["momentum"], keep, rate)
+
+
+Matrices = list[tuple[torch.Tensor, ...]]  # of each its value, gradient and momentum
+
+
+def _update_plainly(matrices: Matrices, steps: int, momentum: float, keep: float, rate: float) -> None:
+    """value ← keep · value − rate · orthogonalised momentum: the definition of a step."""
+    values, gradients, sums = (list(column) for column in zip(*matrices))
+    torch._foreach_lerp_(sums, gradients, 1 - momentum)
+    directions = orthogonalise(torch.stack(torch._foreach_lerp(gradients, sums, momentum)), steps)
+    if keep != 1:
+        torch._foreach_mul_(values, keep)
+    torch._foreach_add_(values, list(directions.to(values[0].dtype)), alpha=-rate)
+
+
+def _has_native(matrices: Matrices) -> bool:
+    whole = all(tensor.is_contiguous() and tensor.dtype == torch.float32 for matrix in matrices for tensor in matrix)
+    return whole and kernels.use_products(matrices[0][0], *matrices[0][0].shape, dtype=torch.float32)
+
+
+def _update_natively(matrices: Matrices, steps: int, momentum: float, keep: float, rate: float) -> None:
+    """The same as one operator: a matrix stays in the cache from its gradient to its new value."""
+    kernels.built().muon(matrices, NEWTON_SCHULZ, steps, momentum, keep, rate)
 
 
 def orthogonalise(matrices: torch.Tensor, steps: int) -> torch.Tensor:
@@ -143,7 +163,7 @@ def orthogonalise(matrices: torch.Tensor, steps: int) -> torch.Tensor:
     The quintic iteration X ← aX + (bA + cA²)X with A = XXᵀ, and the coefficients of Jordan et al., which trade exactness
     (singular values end within about 0.7 … 1.2) for speed near zero.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
