@@ -1,10 +1,10 @@
 """Training speed of a mixture of experts against a dense model with the same active parameters, in turns, in one run.
 
-    python benchmarks/experts.py [--width 256 --depth 4 --experts 8 --top 2 --hidden 352 --length 512 --batch 4 --turns 5]
+    python benchmarks/experts.py [--width 256 --depth 4 --experts 8 --top 2 --hidden 352 --length 512 --batch 8 --turns 5]
 
-A, B, A, B …: `dense` has a SwiGLU of top · hidden channels; `experts` has `--experts` of `hidden`, each token in `top` of them,
-with the balancing losses in its objective. Both in bf16 (or `--precision`) with the same optimizer, batch and threads; a step is
-forward, backward, clipping and update. `transformers` is Mixtral's block by its own two implementations, forward and
+A, B, A, B …: `dense` has a SwiGLU of top · hidden channels; `experts` has `--experts` of `hidden`, each token in `top` of
+them, with the balancing losses in its objective. Both in bf16 (or `--precision`) with the same optimizer, batch and threads;
+a step is forward, backward, clipping and update. `transformers` is Mixtral's block by its own two implementations, forward and
 backward alone, beside ours with the same weights. Reported: tokens/s as the median over turns with the spread.
 """
 
@@ -108,7 +108,7 @@ def summary(speeds: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = {"width": 256, "depth": 4, "experts": 8, "top": 2, "hidden": 352, "length": 512, "batch": 4}
+    defaults = {"width": 256, "depth": 4, "experts": 8, "top": 2, "hidden": 352, "length": 512, "batch": 8}
     for name, value in (defaults | {"vocab": 1024, "steps": 6, "turns": 5}).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")

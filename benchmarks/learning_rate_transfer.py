@@ -1,6 +1,6 @@
 """Does the best learning rate stay where it is when a model gets wider? Under μP it should; in the standard form it moves.
 
-    python benchmarks/learning_rate_transfer.py [--widths 64 128 256 --steps 150 ...]
+    python benchmarks/learning_rate_transfer.py [--widths 64 128 256 --steps 100 ...]
 
 A small decoder learns the next byte of Python's standard library with AdamW at every pair of a width and a learning rate
 (powers of two), once with `FanIn` and the same rates for all matrices (the standard parametrisation) and once with `mup`
@@ -18,9 +18,9 @@ from pathlib import Path
 import small_corpus
 
 from headspring.models import MLP, Attention, Block, Decoder, FanIn, mup, repeat
-from headspring.training.callbacks import Callback
+from headspring.training.callbacks import Callback, Diverged
 from headspring.training.config import TrainConfig
-from headspring.training.loop import Diverged, train
+from headspring.training.loop import train
 from headspring.training.objective import NextToken
 from headspring.training.optimizers import AdamW
 
@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--rates", type=float, nargs="+", default=[2.0**-i for i in range(10, 4, -1)])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)

@@ -153,7 +153,7 @@ def plot(rows: dict[str, dict[int, float]], trained: int, path: Path) -> None:
         axes.set(xscale="log", xlabel="bytes in the window", title=title)
         axes.set_xticks(list(rows["RoPE"]), [str(length) for length in rows["RoPE"]])
         axes.minorticks_off()
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     left.set_ylabel(f"bits per byte of the last {trained}")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

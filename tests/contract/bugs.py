@@ -11,12 +11,13 @@ from safetensors.torch import save
 from torch.nn.functional import cross_entropy
 
 from headspring.data.batch import IGNORE
-from headspring.models import dialects, folder, scoring
+from headspring.models import block_sparse, dialects, folder, scoring
 from headspring.models.block import BranchModule
 from headspring.models.context import Context, Visibility
 from headspring.models.ngram import kneser_ney
 from headspring.models.part import PartModule
 from headspring.models.state import KeyValueState, RecurrentState, State
+from headspring.models.window import WindowState
 from headspring.training import checkpoint
 from headspring.training.objective import NextToken
 
@@ -73,7 +74,11 @@ def sees_the_future(model):
         allowed = None if seen.mask is None else seen.mask | seen.mask.mT
         self.prepared[repr(mask)] = Visibility(allowed, causal=False)
 
-    with patch.object(Context, "visibility", open_mask):
+    def open_lists(blocks, keys, positions, sees):
+        return lists(blocks, keys, positions, torch.ones_like(sees))
+
+    lists = block_sparse._with_everything_seen
+    with patch.object(Context, "visibility", open_mask), patch.object(block_sparse, "_with_everything_seen", open_lists):
         yield
 
 
@@ -139,8 +144,16 @@ def cache_off_by_one(model):
         stale = self.tensors if self.length else tensors
         folded(self, tokens, **{name: stale[name] for name in tensors})
 
-    folded = RecurrentState.replace
-    with patch.object(KeyValueState, "append", append), patch.object(RecurrentState, "replace", replace):
+    def slide(self, k, v, padding):
+        keys, values = sliding(self, k, v, padding)
+        return (keys, values) if keys.shape[2] == k.shape[2] else (keys.roll(1, dims=2), values.roll(1, dims=2))
+
+    folded, sliding = RecurrentState.replace, WindowState.append
+    with (
+        patch.object(KeyValueState, "append", append),
+        patch.object(RecurrentState, "replace", replace),
+        patch.object(WindowState, "append", slide),
+    ):
         yield
 
 
@@ -171,8 +184,17 @@ def rewind_leaves_one(model):
         folded(self, length)
         self.tensors = tensors
 
-    folded = RecurrentState.rewind_to
-    with patch.object(KeyValueState, "rewind_to", rewind_to), patch.object(RecurrentState, "rewind_to", stay):
+    def slide_back(self, length):
+        sliding(self, length)
+        last = length - self.base
+        self.recent[:, :, :, last - 1] = self.recent[:, :, :, last]
+
+    folded, sliding = RecurrentState.rewind_to, WindowState.rewind_to
+    with (
+        patch.object(KeyValueState, "rewind_to", rewind_to),
+        patch.object(RecurrentState, "rewind_to", stay),
+        patch.object(WindowState, "rewind_to", slide_back),
+    ):
         yield
 
 
@@ -184,7 +206,16 @@ def select_forgets_values(model):
     def any_row(self, rows):
         self.tensors = {name: value[torch.arange(len(rows)) % len(value)] for name, value in self.tensors.items()}
 
-    with patch.object(KeyValueState, "select", select), patch.object(RecurrentState, "select", any_row):
+    def wrong_values(self, rows):
+        other = torch.arange(len(rows)) % self.recent.shape[1]
+        self.recent = torch.stack([self.recent[0, rows], self.recent[1, other]])
+        self.first = self.first[:, rows]
+
+    with (
+        patch.object(KeyValueState, "select", select),
+        patch.object(RecurrentState, "select", any_row),
+        patch.object(WindowState, "select", wrong_values),
+    ):
         yield
 
 
@@ -318,11 +349,12 @@ def saved_in_half_precision(model):
 
 @contextmanager
 def exported_in_another_pairing(model):
-    """The rows of the queries are written with neighbours in the place of halves; what has no format, as nothing at all."""
+    """The rows of the queries (or of a state space's first matrix) are written with neighbours in the place of halves; what has
+    no format, as nothing at all."""
     original = dialects.to_theirs
 
     def paired(rules, ours):
-        names = [name for name in ours if name.endswith("mixer.f.q.weight")]
+        names = [name for name in ours if name.endswith(("mixer.f.q.weight", "mixer.f.in_proj.weight"))]
         wrong = {name: ours[name].unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1) for name in names}
         return original(rules, {**ours, **wrong})
 

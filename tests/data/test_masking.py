@@ -92,7 +92,7 @@ def test_whole_words_are_hidden_whole(tokenizer):
             return row
 
     numbers = Words(tokenizer).numbers(row)
-    broken = {whole: 0 for whole in (True, False)}
+    broken = {True: 0, False: 0}
     for whole in broken:
         masked = MaskedSamples(One(tokenizer), tokenizer, Masking(whole_words=whole), seed=0)
         for index in range(50):

@@ -19,6 +19,7 @@ from headspring.models import (
     repeat,
     save_model,
 )
+from headspring.models.families import FAMILIES
 from headspring.models.part import Linear
 from headspring.models.scoring import cross_entropy_sum
 from tests.models.conftest import randomise, small_decoder
@@ -27,6 +28,9 @@ SANDWICH = Block(
     mixer=Branch(f=Attention(heads=2, head_dim=8, position=NoPE(), qk_norm=None, bias=True), post=LayerNorm()),
     feedforward=Branch(f=MLP(hidden=40, activation="gelu", bias=True), pre=None, out=RMSNorm()),
 )
+
+
+POSITIONS = ["gpt2", "bloom", "t5_bias", "stretched_rope", "vaswani_decoder", "opt", "deepnorm", "mup"]
 
 
 @pytest.mark.parametrize("layers", [repeat(2, SANDWICH), (SANDWICH, *repeat(1, SANDWICH))], ids=["equal", "tuple"])
@@ -67,21 +71,27 @@ def test_heads_must_be_a_multiple_of_key_value_heads():
 
 @pytest.mark.parametrize(
     "config",
-    [small_decoder(), small_decoder(layers=repeat(2, SANDWICH)), small_decoder(tied=False)],
-    ids=["gqa", "sandwich", "untied"],
+    [
+        small_decoder(),
+        small_decoder(layers=repeat(2, SANDWICH)),
+        small_decoder(tied=False),
+        *(FAMILIES[name]() for name in POSITIONS),
+    ],
+    ids=["gqa", "sandwich", "untied", *POSITIONS],
 )
 def test_the_ledger_counts_what_execution_counts(config):
     """Parameters exactly; matrix FLOPs as torch counts them. torch counts attention in full, the ledger its causal half,
     and torch does not count element-wise work, which the ledger does."""
-    model, time = randomise(config.build()), 16
+    model, time = randomise(config.build()).requires_grad_(False), 16
     ledger = model.ledger(time)
     assert ledger.parameters == model.num_parameters() == sum(p.numel() for p in model.parameters())
     with FlopCounterMode(display=False) as counter:
         model.logits(model(torch.zeros(1, time, dtype=torch.long)))
-    names = {"q", "k", "v", "out", "gate", "up", "head"}
+    names = {"q", "k", "v", "out", "gate", "up", "head", "widen", "narrow"}
     assert _sum(ledger, names) * time == counter.get_total_flops() - _attention_flops(counter)
     state = model.new_state(1, time)
-    assert ledger.state_bytes * time == state.bytes / 2  # the state of a float32 model has four bytes an element
+    held = ledger.state_bytes * time + ledger.fixed_state_bytes
+    assert held == state.bytes / 2  # the state of a float32 model has four bytes an element
 
 
 def _sum(cost, names) -> float:

@@ -18,11 +18,23 @@ SMALL = {
 }
 ROTATIONS = {
     "linear": {"rope_type": "linear", "factor": 2.5},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 16},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24},
-    "yarn-own": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12, "beta_fast": 8.0,
-                 "beta_slow": 0.5, "attention_factor": 0.8, "truncate": False},
+    "yarn-own": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 12,
+        "beta_fast": 8.0,
+        "beta_slow": 0.5,
+        "attention_factor": 0.8,
+        "truncate": False,
+    },
 }
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 2.0, 9.0]}
 CASES = {

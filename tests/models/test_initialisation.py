@@ -13,7 +13,9 @@ from headspring.models import (
     Block,
     Decoder,
     DeepNorm,
+    Encoder,
     FanIn,
+    Full,
     MuP,
     ZeroOutput,
     deepnorm,
@@ -130,3 +132,11 @@ def test_rates_follow_the_width():
     assert {id(p) for p in by_rate[0.01]["params"]} == {id(model.embed.weight)}
     _, muon = build_optimizers(model, Muon(learning_rate=0.02))
     assert {group["lr"] for group in muon.param_groups} == {0.02}
+
+
+def test_a_model_without_logits_can_be_mup():
+    layers = repeat(1, Block(mixer=Attention(heads=4, mask=Full()), feedforward=MLP(hidden=64)))
+    model = mup(Encoder(vocab=97, width=64, layers=layers, head=None), base_width=32)
+    assert model.head is None and Encoder.model_validate_json(model.model_dump_json()) == model
+    rules = model.build().rules_by_name
+    assert rules["layers.0.mixer.f.q.weight"].rate == 0.5 and rules["embed.weight"].rate == 1.0

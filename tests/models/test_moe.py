@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headspring.models import Attention, Block, moe
 from headspring.models.grouped import grouped_linear
+from headspring.models.initialisation import FanIn
 from headspring.models.moe import Clamp, MoE
 from headspring.models.routing import SigmoidRouter, SoftmaxRouter, within_capacity
 from tests.models.conftest import fill, small_decoder
@@ -298,3 +299,11 @@ def test_the_drawing_says_what_a_token_uses():
     model = small_decoder(layers=(Block(mixer=Attention(heads=2), feedforward=CASES["mixtral"]),)).build()
     assert f"a token uses {model.num_parameters() - 3 * 3 * 32 * 20:,} of the parameters" in repr(model)
     assert "2 of 5 experts of 20" in repr(model) and "a token uses" not in repr(small_decoder().build())
+
+
+def test_experts_start_as_the_model_says():
+    block = Block(mixer=Attention(heads=2), feedforward=MoE(experts=64, top=2, hidden=50))
+    for init, spread in (({}, 0.0), ({"init": FanIn()}, (50 * 4) ** -0.5)):  # two layers have four branches
+        layer = small_decoder(layers=(block, block), **init).build().layers[0].feedforward.f
+        assert float(layer.experts.gate.detach().std()) == pytest.approx(32**-0.5, rel=0.02)
+        assert float(layer.experts.out.detach().std()) == pytest.approx(spread, rel=0.02)

@@ -1,6 +1,7 @@
 """InfoNCE by its definition, and embeddings that find more after training than before."""
 
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,13 @@ def test_the_loss_is_infonce(documents, tokenizer):
     found = torch.autograd.grad(loss, list(model.parameters()))
 
     def plain(temperature: float) -> torch.Tensor:
-        sides = [pool(model, model(tokens, padding=pads), pads, Pooling()).double()
-                 for tokens, pads in ((batch.queries, batch.query_padding), (batch.passages, batch.passage_padding))]  # fmt: skip
+        rows = (batch.queries, batch.query_padding), (batch.passages, batch.passage_padding)
+        sides = [pool(model, model(tokens, padding=pads), pads, Pooling()).double() for tokens, pads in rows]
         scores = sides[0] @ sides[1].T / temperature
         return -(scores.log_softmax(1).diagonal() + scores.log_softmax(0).diagonal()).sum() / 2
 
     torch.testing.assert_close(loss.double(), plain(0.3))
-    assert abs(float(loss - plain(1.0))) > 0.01
+    assert abs(loss.item() - plain(1.0).item()) > 0.01
     for ours, theirs in zip(found, torch.autograd.grad(plain(0.3), list(model.parameters()))):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     assert objective.count(batch) == 7 and 0 <= float(metrics["right"]) <= 7
@@ -71,24 +72,27 @@ def test_ranks_count_ties_against_the_model():
 
 
 @pytest.mark.slow
-def test_trained_embeddings_find_more_on_held_out_modules(documents, tokenizer, tmp_path):
-    """Docstring → source, in modules that were never trained on; with the control of pairs that do not belong together."""
-    trained = mine_pairs(documents[::3] + documents[1::3], CUTS, 0)
-    held_out = mine_pairs(documents[2::3], CUTS.model_copy(update={"max_pairs": 120}), 0)
-    shuffled = [type(a)(a.query, b.passage, a.document_id, a.byte_start, a.byte_end) for a, b in zip(trained, trained[1:])]
+def test_trained_embeddings_find_more_held_out_functions(documents, tokenizer, tmp_path):
+    """Docstring → source, for functions that were never trained on; with the control of pairs that do not belong together.
 
-    def found(model) -> float:
-        sides = [embed(model, tokenizer, [getattr(pair, side) for pair in held_out], Pooling(max_tokens=64), 64)
-                 for side in ("query", "passage")]  # fmt: skip
-        return float((1 / ranks(*sides)).mean())
+    The untrained model is no zero: two texts with the same tokens have similar means. Training has to find which tokens
+    matter. A larger learning rate learns the training functions by heart and finds fewer of the others."""
+    pairs = mine_pairs(documents, CUTS, 0)
+    trained, held_out = pairs[:-150], pairs[-150:]
+    shuffled = [replace(a, passage=b.passage) for a, b in zip(trained, [*trained[1:], trained[0]])]
 
-    settings = TrainConfig(steps=60, batch_size=32, precision="fp32", compile="never", checkpoint_every=100,
-                           optimizer=AdamW(learning_rate=2e-3))  # fmt: skip
-    reciprocal = {}
+    def reciprocal_rank(model) -> float:
+        sides = [[getattr(pair, side) for pair in held_out] for side in ("query", "passage")]
+        vectors = [embed(model, tokenizer, texts, Pooling(max_tokens=64), 64) for texts in sides]
+        return float((1 / ranks(*vectors)).mean())
+
+    settings = TrainConfig(steps=40, batch_size=32, precision="fp32", compile="never", checkpoint_every=100,
+                           optimizer=AdamW(learning_rate=1e-4, weight_decay=0.0))  # fmt: skip
+    after = {}
     for name, pairs in (("right", trained), ("shuffled", shuffled)):
-        model = encoder(tokenizer.vocab_size).build(seed=1)
-        before = found(model)
+        model = encoder(tokenizer.vocab_size, 64).build(seed=1)
+        before = reciprocal_rank(model)
         train(model, Contrast(Pooling(), 0.05), TextPairs(pairs, tokenizer, CUTS, 0), settings, tmp_path / name)
-        reciprocal[name] = found(model)
-    assert reciprocal["right"] > before + 0.05, (before, reciprocal)
-    assert reciprocal["right"] > reciprocal["shuffled"] + 0.05, (before, reciprocal)
+        after[name] = reciprocal_rank(model)
+    assert after["right"] > before + 0.05, (before, after)
+    assert after["right"] > after["shuffled"] + 0.05, (before, after)

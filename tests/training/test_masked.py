@@ -47,7 +47,8 @@ def test_it_learns_what_stands_on_both_sides(tokenizer, tmp_path):
     model = encoder(tokenizer.vocab_size).build(seed=1)
     measure = masked_validation(model, MaskedSamples(Counting(), tokenizer, Masking(), 1), 32, 16, torch.float32, False)
     before = measure()
-    train(model, MaskedTokens(), data, config(steps=60, batch_size=16, compile="never", optimizer=AdamW(learning_rate=1e-2)), tmp_path)
+    settings = config(steps=60, batch_size=16, compile="never", optimizer=AdamW(learning_rate=1e-2))
+    train(model, MaskedTokens(), data, settings, tmp_path)
     after = measure()
     assert before["accuracy"] < 0.1 < 0.6 < after["accuracy"] and after["loss"] < before["loss"] - 2
     assert measure() == after  # the same tokens are hidden every time

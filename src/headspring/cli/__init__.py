@@ -9,7 +9,7 @@ import sys
 import typer
 
 from headspring.artifacts.errors import HeadspringError
-from headspring.cli import convert, evaluate, generate, run, tokens
+from headspring.cli import audit, convert, evaluate, generate, run, tokens
 
 app = typer.Typer(
     name="headspring",
@@ -42,6 +42,7 @@ run.register(app)
 generate.register(app)
 evaluate.register(app)
 convert.register(app)
+audit.register(app)
 app.add_typer(tokens.app, name="tokens")
 
 

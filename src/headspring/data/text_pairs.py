@@ -68,7 +68,8 @@ def _key(seed: int, *place: object) -> str:
 
 @dataclass
 class PairBatch:
-    """B pairs, tokens (B, T) int64 and left padding (B,) int64 of each side. Row i of one side belongs to row i of the other."""
+    """B pairs: tokens (B, T) int64 and left padding (B,) int64 of each side, row i of the one belonging to row i of the
+    other."""
 
     queries: torch.Tensor
     query_padding: torch.Tensor

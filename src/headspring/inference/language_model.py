@@ -19,7 +19,7 @@ from torch import Tensor
 from headspring.artifacts import UserError
 from headspring.artifacts.progress import task
 from headspring.inference.decoding import decode, in_batches
-from headspring.inference.embeddings import embed, read_pooling
+from headspring.inference.embeddings import embed, read_pooling, write_pooling
 from headspring.inference.generation import Generation, Request
 from headspring.inference.loading import BASE_KINDS, choose_device, choose_dtype, download, find, read_model
 from headspring.inference.sampling import SamplingParams
@@ -224,9 +224,12 @@ class LanguageModel:
     def embed(self, texts: str | Sequence[str], pooling: Pooling | None = None, batch_size: int = BATCH_SIZE) -> Tensor:
         """One vector for each text, (n, D) float32 on the CPU. `pooling` is by default what the model's folder says in the
         layout of sentence-transformers, or else the normalised mean. Longer texts are cut at the model's limit."""
-        if pooling is None:
-            pooling = (read_pooling(self.folder) if self.folder and self.folder.is_dir() else None) or Pooling()
+        pooling = pooling or self._stored_pooling() or Pooling()
         return embed(self.model, self.tokenizer, [texts] if isinstance(texts, str) else texts, pooling, batch_size)
+
+    def _stored_pooling(self) -> Pooling | None:
+        """What the folder says that the model was loaded from."""
+        return read_pooling(self.folder) if self.folder is not None and self.folder.is_dir() else None
 
     @torch.inference_mode()
     def _score(self, rows: list[list[int]]) -> list[Tensor]:
@@ -262,6 +265,8 @@ class LanguageModel:
         else:
             save_model(self.model, folder)
         self.tokenizer.save(folder)
+        if (pooling := self._stored_pooling()) is not None:
+            write_pooling(folder, pooling, self.model.config.width)
 
     def special_tokens(self) -> dict[str, Any]:
         """The ids that `transformers` wants in a config: where a text begins, ends (also a turn), and what pads."""

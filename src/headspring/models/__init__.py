@@ -2,6 +2,7 @@
 
 from headspring.models.attention import Attention
 from headspring.models.block import Block, Branch, pattern, repeat
+from headspring.models.chosen import Hashed, Routed
 from headspring.models.decoder import Decoder
 from headspring.models.delta import GatedDelta
 from headspring.models.embedding import Embed, Head
@@ -13,7 +14,7 @@ from headspring.models.initialisation import GPT2, DeepNorm, FanIn, MuP, ZeroOut
 from headspring.models.linear_attention import EluPlusOne, Favor, LinearAttention
 from headspring.models.mamba import Mamba
 from headspring.models.mamba2 import Mamba2
-from headspring.models.mask import Causal, Full
+from headspring.models.mask import Causal, Full, LocalGlobal, Strided
 from headspring.models.mla import MLA
 from headspring.models.moe import MoE
 from headspring.models.norm import LayerNorm, RMSNorm
@@ -54,12 +55,14 @@ __all__ = [
     "Gated",
     "GatedDelta",
     "GatedLinear",
+    "Hashed",
     "Head",
     "LayerNorm",
     "Learned",
     "Linear",
     "LinearAttention",
     "Llama3",
+    "LocalGlobal",
     "LongRoPE",
     "Mamba",
     "Mamba2",
@@ -68,10 +71,12 @@ __all__ = [
     "NoPE",
     "RMSNorm",
     "RoPE",
+    "Routed",
     "SharedBias",
     "SigmoidRouter",
     "Sinusoidal",
     "SoftmaxRouter",
+    "Strided",
     "SwiGLU",
     "T5Bias",
     "YaRN",

@@ -1,6 +1,8 @@
 """Multi-head attention with grouped key–value heads (arXiv 2305.13245) and optional QK-norm (arXiv 2010.04245).
 
-Where its heads look is a `mask`, how they know the order a `position`; both are values with files of their own.
+Where its heads look is a `mask`, how they know the order a `position`; both are values with files of their own. A mask that
+hides most keys is read sparsely (`block_sparse`) where that is worthwhile; a sliding window has a state that does not grow
+(`window`).
 """
 
 from typing import Literal
@@ -9,14 +11,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from headspring.models.attend import added, attend, pattern, weigh
+from headspring.models import block_sparse, kernels
+from headspring.models.attend import Scoring, added, attention, scored_pattern, weigh
+from headspring.models.chosen import Chosen
 from headspring.models.context import Context, Visibility
 from headspring.models.mask import Causal, Mask
 from headspring.models.mixer import Mixer, MixerModule
-from headspring.models.norm import Norm, NormModule, RMSNorm
+from headspring.models.norm import Norm, NormModule, RMSNorm, RMSNormModule
 from headspring.models.part import Cost, Linear, ParameterRule, constant
 from headspring.models.position import Position, RoPE
 from headspring.models.state import KeyValueState, LayerState
+from headspring.models.window import WindowState, held_positions, held_visibility, room
 
 
 class Attention(Mixer):
@@ -78,7 +83,11 @@ class AttentionModule(MixerModule):
         self.k_norm: NormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(self.heads)) if value.sink else None
         self.position = value.position.build(self.heads, self.channels, value.mask.causal)
-        self._mask_key, self._bias_key = repr(value.mask), f"{self.position.key} {value.mask!r}"
+        mask = value.mask
+        self.sliding = mask if isinstance(mask, Causal) and mask.window is not None else None
+        self.chosen = mask if isinstance(mask, Chosen) else None
+        self._mask = mask.base if isinstance(mask, Chosen) else mask
+        self._mask_key, self._bias_key = repr(self._mask), f"{self.position.key} {mask!r}"
 
     @property
     def by_length(self) -> bool:
@@ -91,46 +100,143 @@ class AttentionModule(MixerModule):
         return {} if self.sinks is None else {"sinks": ParameterRule(constant(0.0), "vector")}
 
     def prepare(self, context: Context) -> None:
-        context.visibility(self.value.mask)
         self.position.prepare(context)
+        if self._holds(context):
+            self._held(context)
+        elif self._gathers(context) and self.chosen is not None:
+            block_sparse.lay_out(context, self.chosen.block)
+        elif self._gathers(context):
+            context.visibility(self._mask) if self._maybe_native(context) else self._lists(context)
+        else:
+            context.visibility(self._mask)
+            self._prepare_bias(context)
+
+    def _prepare_bias(self, context: Context) -> None:
         bias = self.position.bias(context)
-        if bias is not None:
+        if self.chosen is not None:
+            block_sparse.lay_out(context, self.chosen.block)
+        elif bias is not None:
             visible, keys = context.prepared[self._mask_key], context.past + context.time
             context.once(self._bias_key, lambda: added(bias, visible, context.time, keys))
 
     def forward(self, x: torch.Tensor, context: Context, state: LayerState | None = None) -> torch.Tensor:
         batch, time, _ = x.shape
-        q = self.q(x).view(batch, time, self.heads, self.channels)
-        k = self.k(x).view(batch, time, self.kv_heads, self.channels)
-        v = self.v(x).view(batch, time, self.kv_heads, self.channels)
-        q, k = self._place(q, self.q_norm, context), self._place(k, self.k_norm, context)
+        q, k, v = self._query_key_value(x, context)
         q, k, v = self.site("q", q), self.site("k", k), self.site("v", v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if state is not None:
+        asks = self._asks(q)
+        if isinstance(state, WindowState):
+            k, v = state.append(k, v, context.padding)
+        elif state is not None:
             assert isinstance(state, KeyValueState)
-            k, v = state.append(k, v)
-        y = self._attend(q, k, v, context).transpose(1, 2)
+            k, v = state.append(k if asks is None else torch.cat([k, asks], dim=-1), v)
+            if asks is not None:
+                k, asks = k.chunk(2, dim=-1)
+        y = self._attend(q, k, v, asks, context).transpose(1, 2)
         y = self.site("heads", y)  # (B, T, H, C)
         return self.site("out", self.out(y.reshape(batch, time, -1)))
+
+    def _query_key_value(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, T, H or K, C), from one product; queries and keys normalised and placed, by one operator where that is all."""
+        parts, heads = (self.q, self.k, self.v), (self.heads, self.kv_heads)
+        mixed = kernels.linear(x, [part.weight for part in parts], [part.bias for part in parts if part.bias is not None])
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        if not self.position.fuses or not all(isinstance(norm, RMSNormModule) for norm in norms):
+            q, k, v = kernels.place_heads(mixed, heads, None, None)
+            return self._place(q, self.q_norm, context), self._place(k, self.k_norm, context), v
+        gains = tuple(norm.gain.to(x.device) for norm in norms) or None
+        return kernels.place_heads(mixed, heads, gains, self.position.rotation(context), norms[0].epsilon if norms else 0.0)
 
     def _place(self, x: torch.Tensor, norm: NormModule | None, context: Context) -> torch.Tensor:
         """Normalise and place (B, T, H, C)."""
         return self.position.place(x if norm is None else norm(x), context)
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:
-        visible, bias = context.prepared[self._mask_key], context.prepared.get(self._bias_key)
-        if bias is not None:
-            visible = Visibility(None, causal=False)  # the mask is part of the bias
-        if "pattern" not in self.watched and self.value.softcap is None and self.sinks is None:
-            return attend(q, k, v, visible, scale=self.value.scale, bias=bias)
-        cap, sinks = self.value.softcap, self.sinks
-        made = pattern(q, k, visible, scale=self.value.scale, bias=bias, softcap=cap, sinks=sinks)
-        return weigh(self.site("pattern", made), v)
+    def _asks(self, q: torch.Tensor) -> torch.Tensor | None:
+        """(B, K, T, C): what each group of heads chooses blocks with, where that is done."""
+        return None if self.chosen is None else q.unflatten(1, (self.kv_heads, -1)).mean(2)
 
-    def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> KeyValueState:
+    # ---- how the pattern is read: what a window holds, lists of keys, or all of it
+
+    def _holds(self, context: Context) -> bool:
+        """Whether the keys are those that a `WindowState` gives."""
+        return self.sliding is not None and context.past > 0
+
+    def _gathers(self, context: Context) -> bool:
+        """Whether blocks of queries read lists of keys."""
+        return "pattern" not in self.watched and block_sparse.worthwhile(self.value.mask, context)
+
+    def _maybe_native(self, context: Context) -> bool:
+        """Whether the operator for windows may take this; its dtype is not known before the first layer runs."""
+        fused = self.value.softcap is None and self.sinks is None and self.value.scale is None
+        plain = self.sliding is not None and not self.sliding.sinks and not self.position.biased
+        return plain and fused and context.device.type == "cpu"
+
+    def _held(self, context: Context) -> tuple[Visibility, torch.Tensor | None]:
+        """What is seen of the keys that a window holds, and their bias."""
+
+        def make() -> tuple[Visibility, torch.Tensor | None]:
+            assert self.sliding is not None
+            relative = held_positions(self.sliding, context)[:, None, :] - context.positions[:, :, None]
+            return held_visibility(self.sliding, context), self.position.between(relative, context)
+
+        return context.once(f"held: {self._bias_key}", make)
+
+    def _lists(self, context: Context) -> tuple[block_sparse.Lists, torch.Tensor | None]:
+        """The keys that blocks of queries read, and their bias."""
+
+        def make() -> tuple[block_sparse.Lists, torch.Tensor | None]:
+            lists = context.once(f"lists: {self._mask_key}", lambda: block_sparse.listed(self._mask, context))
+            return lists, self._list_bias(lists, context)
+
+        return context.once(f"lists and bias: {self._bias_key}", make)
+
+    def _list_bias(self, lists: block_sparse.Lists, context: Context) -> torch.Tensor | None:
+        """(B or 1, H, N, size, L)."""
+        if not self.position.biased:
+            return None
+        groups = lists.relative.shape[1]
+        bias = self.position.between(lists.relative, context)  # (B or 1, K or 1, N, H, size, L)
+        assert bias is not None
+        head = torch.arange(self.heads, device=bias.device)
+        return bias[:, head * groups // self.heads, :, head].transpose(0, 1)
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asks: torch.Tensor | None, context: Context
+    ) -> torch.Tensor:
+        scoring = Scoring(self.value.scale, self.value.softcap, self.sinks)
+        if self._gathers(context) and not (self._maybe_native(context) and kernels.attends_natively(q, v)):
+            if self.chosen is not None and asks is not None:
+                lists = block_sparse.chosen(self.chosen, block_sparse.lay_out(context, self.chosen.block), asks, k)
+                bias = self._list_bias(lists, context)
+            else:
+                lists, bias = self._lists(context)
+            return block_sparse.block_attention(q, k, v, lists, scoring.with_bias(bias))
+        visible, bias = self._seen(k, asks, context)
+        scoring = scoring.with_bias(bias)
+        if "pattern" not in self.watched:
+            return attention(q, k, v, visible, scoring)
+        return weigh(self.site("pattern", scored_pattern(q, k, visible, scoring)), v)
+
+    def _seen(self, k: torch.Tensor, asks: torch.Tensor | None, context: Context) -> tuple[Visibility, torch.Tensor | None]:
+        """What is seen of all keys, and the bias of their scores."""
+        if self._holds(context):
+            return self._held(context)
+        if self.chosen is not None and asks is not None:
+            base, blocks = context.prepared[self._mask_key], block_sparse.lay_out(context, self.chosen.block)
+            visible = block_sparse.shown(self.chosen, base, blocks, asks, k, context.time, self.heads)
+            return visible, self.position.bias(context)
+        bias = context.prepared.get(self._bias_key)
+        if bias is not None:
+            return Visibility(None, causal=False), bias  # the mask is part of the bias
+        return context.prepared[self._mask_key], None
+
+    def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> KeyValueState | WindowState:
         if not self.value.mask.causal:
             raise ValueError("attention that sees later tokens cannot read them one by one: it has no state")
-        return KeyValueState(batch, self.kv_heads, capacity, self.channels, dtype, device)
+        if self.sliding is not None:
+            return WindowState(batch, self.kv_heads, self.sliding, capacity, self.channels, dtype, device)
+        keys = self.channels * (1 if self.chosen is None else 2)  # what chooses is kept beside each key
+        return KeyValueState(batch, self.kv_heads, capacity, keys, dtype, device, value_channels=self.channels)
 
     def cost(self, name: str, context_length: int) -> Cost:
         """Scores and values count the keys that a query sees on average: half the context under a causal mask."""
@@ -147,6 +253,10 @@ class AttentionModule(MixerModule):
             parts.append(position)
         if self.sinks is not None:
             parts.append(Cost("sinks", self.heads))
-        if self.value.mask.causal:
-            parts.append(Cost("cache", state_bytes=2.0 * 2 * self.kv_heads * self.channels))
+        kept = 2.0 * self.kv_heads * self.channels  # bytes of a token's keys, and of its values
+        if self.sliding is not None:
+            held = self.sliding.sinks + room(self.sliding.window or 1, context_length)
+            parts.append(Cost("cache", fixed_state_bytes=2 * kept * held))
+        elif self.value.mask.causal:
+            parts.append(Cost("cache", state_bytes=kept * (2 if self.chosen is None else 3)))
         return Cost.sum(name, tuple(parts), f"{self.heads} heads of {self.channels}, {self.kv_heads} key–value")

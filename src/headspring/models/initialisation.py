@@ -112,7 +112,7 @@ class MuP(Init):
         return replace(rule, rate=rule.rate * self.base_width / width) if rule.group == "matrix" else rule
 
     def check(self, width: int, layers: Sequence[Block], head: Head | None) -> None:
-        if width != self.base_width and (head is None or head.scale is None):
+        if width != self.base_width and head is not None and head.scale is None:
             raise ValueError(f"mup of base width {self.base_width} at width {width} needs head.scale; see mup()")
 
 
@@ -154,5 +154,7 @@ def mup(model: AStack, base_width: int, base_head_dim: int | None = None) -> ASt
         return block.model_copy(update={"mixer": branch})
 
     layers = tuple(scored(block) for block in model.layers)
-    head = model.head.model_copy(update={"scale": (model.head.scale or 1.0) * base_width / model.width})
+    head = model.head  # an encoder may have none
+    if head is not None:
+        head = head.model_copy(update={"scale": (head.scale or 1.0) * base_width / model.width})
     return model.model_copy(update={"layers": layers, "head": head, "init": MuP(base_width=base_width)})

@@ -282,11 +282,8 @@ class _PlaceHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         mixed, gains, cos, sin = ctx.saved_tensors
-        count, shared = ctx.heads
-        grad_mixed, channels = torch.empty_like(mixed), mixed.shape[-1] // (count + 2 * shared)
-        placed = torch.cat(grads[:2], dim=2)
-        grad_gains = built().place_heads_backward(placed, mixed, gains, cos, sin, grad_mixed, ctx.epsilon)
-        grad_mixed[..., (count + shared) * channels :].unflatten(-1, (shared, channels)).copy_(grads[2])
+        grads = tuple(grad.contiguous() for grad in grads)
+        grad_mixed, grad_gains = built().place_heads_backward(grads, mixed, gains, cos, sin, ctx.epsilon)
         if gains is None:
             return grad_mixed, *[None] * 6
         q_gain, k_gain = (part.sum(0).to(ctx.gain_dtype) for part in grad_gains.split(ctx.heads))
@@ -308,7 +305,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *weights):
         rows = x.reshape(-1, x.shape[-1])
-        narrow = _joined([weight.to(x.dtype) for weight in weights], dim=0)
+        narrow = torch.empty(sum(map(len, weights)), x.shape[-1], dtype=x.dtype)
+        torch._foreach_copy_(list(narrow.split([len(weight) for weight in weights])), list(weights))
         ctx.save_for_backward(rows, narrow)
         ctx.sizes, ctx.dtypes = [len(weight) for weight in weights], [weight.dtype for weight in weights]
         return (rows @ narrow.T).view(*x.shape[:-1], -1)

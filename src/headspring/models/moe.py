@@ -24,7 +24,7 @@ from torch import nn
 from headspring.artifacts.value import Value
 from headspring.models import kernels
 from headspring.models.feedforward import FeedForward, FeedForwardModule, SwiGLU
-from headspring.models.grouped import collect, dispatch, grouped_linear, lay_out
+from headspring.models.grouped import collect, dispatch, grouped_linear, lay_out, over_choices
 from headspring.models.model import ModelModule
 from headspring.models.part import Cost, Linear, ParameterRule, PartModule, constant, normal
 from headspring.models.routing import Router, Routing, SoftmaxRouter, within_capacity
@@ -137,7 +137,7 @@ class Experts(PartModule):
         up = grouped_linear(inputs, self.up, self.up_bias, layout.ends)
         pairs = collect(grouped_linear(self._gated(gate, up), self.out, self.out_bias, layout.ends), layout)
         weights = routing.weights.reshape(-1, self.top, 1).to(pairs.dtype)
-        return (pairs * weights).sum(1).view_as(x)
+        return over_choices(pairs * weights).view_as(x)
 
     def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if self.clamp is None:

@@ -197,12 +197,14 @@ static void place_heads(int threads, const T *mixed, const float *gains, const f
     }
 }
 
-// Its gradient: `gradient` (rows, heads, channels) → `grad_mixed` (rows, stride), and the gains' as a partial sum a thread.
+// Its gradient: those of queries and keys (rows, heads or shared, channels), and of the values, which come after the keys in
+// a row and were left as they are → `grad_mixed` (rows, stride), and the gains' as a partial sum a thread.
 template <class T>
-static void place_heads_backward(int threads, const T *gradient, const T *mixed, const float *gains, const float *cosines,
-                                 const float *sines, T *grad_mixed, float *partial, int64_t rows, int64_t time,
-                                 int64_t heads, int64_t channels, int64_t stride, int64_t row_stride, float epsilon) {
-    int64_t half = channels / 2;
+static void place_heads_backward(int threads, const T *dq, const T *dk, const T *dv, const T *mixed, const float *gains,
+                                 const float *cosines, const float *sines, T *grad_mixed, float *partial, int64_t rows,
+                                 int64_t time, int64_t queries, int64_t shared, int64_t channels, int64_t stride,
+                                 int64_t row_stride, float epsilon) {
+    int64_t half = channels / 2, heads = queries + shared;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < threads; t++) {
         std::vector<float> turned(channels);
@@ -210,7 +212,8 @@ static void place_heads_backward(int threads, const T *gradient, const T *mixed,
         for (int64_t row = rows * t / threads; row < rows * (t + 1) / threads; row++) {
             int64_t place = (row / time) * row_stride + row % time;
             for (int64_t h = 0; h < heads; h++) {
-                const T *dy = gradient + (row * heads + h) * channels, *in = mixed + row * stride + h * channels;
+                const T *dy = h < queries ? dq + (row * queries + h) * channels : dk + (row * shared + h - queries) * channels;
+                const T *in = mixed + row * stride + h * channels;
                 T *dx = grad_mixed + row * stride + h * channels;
                 if (cosines) {
                     const float *c = cosines + place * half, *s = sines + place * half;
@@ -236,6 +239,8 @@ static void place_heads_backward(int threads, const T *gradient, const T *mixed,
                 } else
                     for (int64_t i = 0; i < channels; i++) store(dx + i, g[i]);
             }
+            int64_t values = shared * channels;
+            std::memcpy(grad_mixed + row * stride + heads * channels, dv + row * values, values * sizeof(T));
         }
     }
 }
@@ -305,11 +310,12 @@ BOTH(place_heads, PLACE_HEADS,
      (threads, mixed, gains, c, s, y, rows, time, heads, channels, stride, row_stride, epsilon))
 
 #define PLACE_HEADS_BACKWARD(T)                                                                                      \
-    (int threads, const T *dy, const T *mixed, const float *gains, const float *c, const float *s, T *dmixed,        \
-     float *dgains, int64_t rows, int64_t time, int64_t heads, int64_t channels, int64_t stride, int64_t row_stride, \
-     float epsilon)
+    (int threads, const T *dq, const T *dk, const T *dv, const T *mixed, const float *gains, const float *c,         \
+     const float *s, T *dmixed, float *dgains, int64_t rows, int64_t time, int64_t heads, int64_t shared,            \
+     int64_t channels, int64_t stride, int64_t row_stride, float epsilon)
 BOTH(place_heads_backward, PLACE_HEADS_BACKWARD,
-     (threads, dy, mixed, gains, c, s, dmixed, dgains, rows, time, heads, channels, stride, row_stride, epsilon))
+     (threads, dq, dk, dv, mixed, gains, c, s, dmixed, dgains, rows, time, heads, shared, channels, stride, row_stride,
+      epsilon))
 
 #define ROTATE(T)                                                                                                    \
     (int threads, const T *x, const float *c, const float *s, T *y, int64_t batch, int64_t time, int64_t heads,      \

@@ -155,36 +155,32 @@ class Library:
     ) -> torch.Tensor:
         """The first `heads` heads of mixed (B, T, …), normalised and rotated: (B, T, heads, channels)."""
         y = torch.empty(*mixed.shape[:2], heads, channels, dtype=mixed.dtype)
-        self._call("place_heads", mixed.dtype, mixed, gains, cos, sin, y, *self._places(mixed, cos, y.shape), epsilon)
+        batch, time = mixed.shape[:2]
+        sizes = (batch * time, time, heads, channels, mixed.shape[-1], _row_stride(cos, time))
+        self._call("place_heads", mixed.dtype, mixed, gains, cos, sin, y, *sizes, epsilon)
         return y
 
     def place_heads_backward(
         self,
-        gradient: torch.Tensor,
+        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         mixed: torch.Tensor,
         gains: torch.Tensor | None,
         cos: torch.Tensor | None,
         sin: torch.Tensor | None,
-        grad_mixed: torch.Tensor,
         epsilon: float,
-    ) -> torch.Tensor:
-        """Fills the heads' part of grad_mixed; gives the gradient of the gains (heads, channels)."""
-        partial = torch.zeros(torch.get_num_threads(), *gradient.shape[2:])
-        arguments = (gradient, mixed, gains, cos, sin, grad_mixed, partial, *self._places(mixed, cos, gradient.shape), epsilon)
-        self._call("place_heads_backward", mixed.dtype, *arguments)
-        return partial.sum(0)
-
-    @staticmethod
-    def _places(mixed: torch.Tensor, cos: torch.Tensor | None, shape: torch.Size) -> tuple[int, ...]:
-        batch, time, heads, channels = shape
-        row_stride = 0 if cos is None or cos.shape[0] == 1 else time
-        return batch * time, time, heads, channels, mixed.shape[-1], row_stride
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of `mixed`, and of the gains (heads, channels), from those of queries, keys and values."""
+        (batch, time, heads, channels), shared = grads[0].shape, grads[1].shape[2]
+        partial, grad_mixed = torch.zeros(torch.get_num_threads(), heads + shared, channels), torch.empty_like(mixed)
+        sizes = (batch * time, time, heads, shared, channels, mixed.shape[-1], _row_stride(cos, time))
+        self._call("place_heads_backward", mixed.dtype, *grads, mixed, gains, cos, sin, grad_mixed, partial, *sizes, epsilon)
+        return grad_mixed, partial.sum(0)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inverse: bool) -> torch.Tensor:
         y = torch.empty_like(x)
         batch, time, heads, channels = x.shape
-        row_stride = 0 if cos.shape[0] == 1 else time
-        self._call("rotate", x.dtype, x, cos, sin, y, batch, time, heads, channels, row_stride, int(inverse))
+        sizes = (batch, time, heads, channels, _row_stride(cos, time))
+        self._call("rotate", x.dtype, x, cos, sin, y, *sizes, int(inverse))
         return y
 
     def attention(
@@ -256,3 +252,8 @@ class Library:
 
 def _scalar(value: int | float):
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def _row_stride(cos: torch.Tensor | None, time: int) -> int:
+    """How many rows of the rotary tables one row of the batch has of its own."""
+    return 0 if cos is None or cos.shape[0] == 1 else time

@@ -49,14 +49,25 @@ integers places(int64_t start) {
     return count + int32_t(start);
 }
 
+// 16 queries, from `at` on, and the stretch of keys that all of them see: only outside of it is a mask needed.
+struct Queries {
+    integers place, first;
+    int64_t shared_begin = 0, shared_end;
+    Queries(int64_t at, const int32_t *starts) : place(places(at)), first(read<integers>(starts + at)), shared_end(at + 1) {
+        for (int i = 0; i < 16; i++) shared_begin = first[i] > shared_begin ? first[i] : shared_begin;
+    }
+    floats seen(floats x, int64_t key, float otherwise) const {
+        if (key >= shared_begin && key < shared_end) return x;
+        return (first <= int32_t(key)) & (place >= int32_t(key)) ? x : floats{} + otherwise;
+    }
+};
+
 // Scores of 16 queries → exp(scale · score − maximum) as pairs of keys. Gives the sums, and log2 of sum · exp(maximum).
-void softmax(const float *scores, uint32_t *out, int64_t begin, int64_t end, integers first, integers query, float scale,
+void softmax(const float *scores, uint32_t *out, int64_t begin, int64_t end, const Queries &queries, float scale,
              floats &sums, floats &log2_sums) {
-    floats factor = floats{} + scale * LOG2_E, largest = floats{} - INFINITY, nothing = floats{} - INFINITY;
+    floats factor = floats{} + scale * LOG2_E, largest = floats{} - INFINITY;
     for (int64_t k = begin; k < end; k++) {
-        floats s = read<floats>(scores + (k - begin) * QUERIES);
-        integers seen = (first <= int32_t(k)) & (query >= int32_t(k));
-        s = seen ? s : nothing;
+        floats s = queries.seen(read<floats>(scores + (k - begin) * QUERIES), k, -INFINITY);
         largest = s > largest ? s : largest;
     }
     floats offset = largest * factor;
@@ -64,9 +75,8 @@ void softmax(const float *scores, uint32_t *out, int64_t begin, int64_t end, int
     for (int64_t k = begin; k < end; k += 2) {
         floats p[2];
         for (int i = 0; i < 2; i++) {
-            integers seen = (first <= int32_t(k + i)) & (query >= int32_t(k + i));
-            floats e = exp2_of(read<floats>(scores + (k + i - begin) * QUERIES) * factor - offset);
-            p[i] = seen ? e : floats{};
+            p[i] = exp2_of(read<floats>(scores + (k + i - begin) * QUERIES) * factor - offset);
+            p[i] = queries.seen(p[i], k + i, 0.0f);
             sums += p[i];
         }
         write(out + (k - begin) / 2 * QUERIES, pairs(p[0], p[1]));
@@ -91,8 +101,7 @@ void forward(const View *x, float *log2_sums, const int64_t *first, const Shape 
             multiply(keys + begin * C, C, queries + t, s.ld, scores, QUERIES, end - begin, QUERIES, C, false);
             for (int64_t i = 0; i < QUERIES; i += 16) {
                 floats sums, logs_of_sums;
-                softmax(scores + i, pattern + i, begin, end, read<integers>(starts + t + i), places(t + i), scale, sums,
-                        logs_of_sums);
+                softmax(scores + i, pattern + i, begin, end, Queries(t + i, starts), scale, sums, logs_of_sums);
                 write(logs + t + i, logs_of_sums);
                 write(factors + i, 1.0f / sums);
             }
@@ -107,14 +116,13 @@ void forward(const View *x, float *log2_sums, const int64_t *first, const Shape 
 // From scores and dL/dp of KEYS keys and 32 queries: p and dL/ds = p (dL/dp − delta), in rows and the latter in pairs too.
 // The scale of dL/ds is left to whoever writes dq and dk.
 void softmax_backward(const float *scores, const float *gradients, bf16 *p_rows, bf16 *ds_rows, int64_t ld,
-                      uint32_t *ds_pairs, int64_t key, integers first, integers query, floats factor, floats log2_sums,
+                      uint32_t *ds_pairs, int64_t key, const Queries &queries, floats factor, floats log2_sums,
                       floats delta) {
     for (int64_t i = 0; i < KEYS; i += 2) {
         floats ds[2];
         for (int64_t j = i; j < i + 2; j++) {
-            integers seen = (first <= int32_t(key + j)) & (query >= int32_t(key + j));
             floats p = exp2_of(read<floats>(scores + j * QUERIES) * factor - log2_sums);
-            p = seen ? p : floats{};
+            p = queries.seen(p, key + j, 0.0f);
             ds[j - i] = p * (read<floats>(gradients + j * QUERIES) - delta);
             write_bf16(p_rows + j * ld, p);
             write_bf16(ds_rows + j * ld, ds[j - i]);
@@ -166,7 +174,7 @@ void backward(const View *x, const float *log2_sums, const int64_t *first, const
                 multiply(values + key * C, C, upstream + t, s.ld, gradients, QUERIES, KEYS, QUERIES, C, false);
                 for (int64_t i = 0; i < QUERIES; i += 16)
                     softmax_backward(scores + i, gradients + i, p_rows + t - key + i, ds_rows + t - key + i, s.ld,
-                                     ds_pairs + i, key, read<integers>(starts + t + i), places(t + i), factor,
+                                     ds_pairs + i, key, Queries(t + i, starts), factor,
                                      read<floats>(logs + t + i), read<floats>(delta + t + i));
                 multiply(keys_turned + key, s.ld, ds_pairs, QUERIES, dq_turned + t, s.ld, C, QUERIES, KEYS, true);
             }

@@ -16,7 +16,7 @@ struct bf16 {
     uint16_t bits;
 };
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && (defined(__AMX_BF16__) || defined(__AVX512BF16__))
+#if defined(__AVX512BW__) && defined(__AVX512BF16__)
 #define HAS_PRODUCTS 1
 #include <immintrin.h>
 
@@ -35,14 +35,12 @@ static inline void write(void *to, V value) {
     std::memcpy(to, &value, sizeof(V));
 }
 
-// The 16 floats as bfloat16 in the high halves, rounded to nearest even; the low halves are rubbish.
-static inline words rounded(floats x) {
-    words wide = (words)x;
-    return wide + 0x7fff + ((wide >> 16) & 1);
-}
-static inline words pairs(floats low, floats high) { return (rounded(low) >> 16) | (rounded(high) & 0xffff0000u); }
-static inline void write_bf16(bf16 *to, floats x) {
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)(rounded(x) >> 16)));
+// Rounded to nearest even.
+static inline void write_bf16(bf16 *to, floats x) { write(to, _mm512_cvtneps_pbh((__m512)x)); }
+static inline words pairs(floats low, floats high) {
+    const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                                 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (words)_mm512_permutexvar_epi16(interleaved, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
 static inline floats read_bf16(const bf16 *from) {
     return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);

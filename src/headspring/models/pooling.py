@@ -34,8 +34,7 @@ class Pooling(Value):
 
 def pool(model: ModelModule, hidden: torch.Tensor, padding: torch.Tensor | None, pooling: Pooling) -> torch.Tensor:
     """(B, T, D) of rows with `padding` (B,) pads at their left → (B, D) float32."""
-    batch, time, _ = hidden.shape
-    padding = torch.zeros(batch, dtype=torch.int64, device=hidden.device) if padding is None else padding
+    padding = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device) if padding is None else padding
     vectors = _pooled(model, hidden, padding, pooling.mode).float()
     return torch.nn.functional.normalize(vectors, dim=-1) if pooling.normalize else vectors
 

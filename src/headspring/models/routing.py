@@ -135,7 +135,8 @@ class RouterModule(PartModule):
         self.correction = nn.Buffer(torch.zeros(experts)) if value.correction else None
 
     def rules(self) -> dict[str, ParameterRule]:
-        rules = {"weight": ParameterRule(normal(self.weight.shape[1] ** -0.5), "matrix")}
+        width = self.weight.shape[1]
+        rules = {"weight": ParameterRule(normal(width**-0.5), "matrix", inputs=width)}
         if self.bias is not None:
             rules["bias"] = ParameterRule(constant(0.0), "vector")
         return rules

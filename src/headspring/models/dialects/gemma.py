@@ -1,4 +1,4 @@
-"""Gemma 2 (arXiv 2408.00118) and Gemma 3 (2503.19786), text: norms before and after each branch, whose gain is stored minus one.
+"""Gemma 2 (arXiv 2408.00118) and Gemma 3 (2503.19786), text: norms on both sides of each branch, gains stored minus one.
 
 Embeddings are multiplied by √width, the scores' scale is a setting of its own, and most layers see a window. Gemma 2 bounds
 scores and logits; Gemma 3 normalises queries and keys instead, and its layers with a window rotate by another base.

@@ -1,4 +1,4 @@
-"""GPT-OSS (arXiv 2508.10925): experts with a bounded gate, a learned sink in each head's softmax, windows in every second layer.
+"""GPT-OSS (arXiv 2508.10925): experts with a bounded gate, a learned sink in each head's softmax, windows every second layer.
 
 Its experts are stacked in files, too, but lie (inputs, outputs), with the columns of gate and up in turns. Files on the hub
 hold the experts in a four-bit format (MXFP4) and are refused for it: take one that was saved in bfloat16.

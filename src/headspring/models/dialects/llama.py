@@ -81,6 +81,7 @@ class Mistral(OneWindow):
 @dialect
 class Phi3(OneWindow):
     architecture, model_type = "Phi3ForCausalLM", "phi3"
+    fraction = 1.0
     defaults = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
     fixed = {"hidden_act": "silu"}
 

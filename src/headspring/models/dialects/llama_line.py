@@ -47,7 +47,8 @@ GATED = (*(layer(f"mlp.{x}_proj.weight", f"feedforward.f.{x}.weight") for x in (
 
 
 class LlamaLine(DecoderDialect):
-    """`qk_norm`: queries and keys are normalised, head by head. `theta`: the rotary base that its config class assumes."""
+    """`qk_norm`: queries and keys are normalised, head by head. `theta` and `fraction`: the rotary base, and the rotated part
+    of a head, that its config class assumes (None: it has no word for a part)."""
 
     embedding = "model.embed_tokens.weight"
     prefix = "model."
@@ -55,6 +56,7 @@ class LlamaLine(DecoderDialect):
     bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = False
     theta: ClassVar[float] = 10_000.0
+    fraction: ClassVar[float | None] = None
 
     def model(self, config: Settings) -> Decoder:
         windows = self.windows(config)
@@ -106,7 +108,7 @@ class LlamaLine(DecoderDialect):
         )
 
     def rope(self, config: Settings, window: int | None) -> Any:
-        return read_rope(config, self.theta)
+        return read_rope(config, self.theta, self.fraction)
 
     def feedforward(self, config: Settings, index: int) -> FeedForward:
         return SwiGLU(hidden=config["intermediate_size"], bias=bool(config.get("mlp_bias")))

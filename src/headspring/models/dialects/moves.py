@@ -10,7 +10,7 @@ shapes of theirs need no formula of their own, because `out` also runs on tensor
 | `Transposed()` | the last two axes change places | GPT-2, experts of GPT-OSS |
 | `Grouped(n)` | n groups of rows, each with its share of every tensor in turn | GPT-NeoX, BLOOM, Falcon; DeepSeek's k and v |
 | `Alternating()` | a row of the first, a row of the second, and so on | gate and up of GPT-OSS |
-| `Pairs(heads, rotated, skipped)` | rotary channels (c, c + C/2) become neighbours (2c, 2c + 1) | GPT-J, Cohere, DeepSeek, GGUF's Llama |
+| `Pairs(heads, rotated, skipped)` | rotary channels (c, c + C/2) become neighbours (2c, 2c + 1) | DeepSeek, GGUF's Llama |
 | `Stacked()` | a tensor of (E, …) becomes E tensors | experts of Mixtral, Qwen3-MoE, DeepSeek |
 | `Reshaped(shape)` | the same numbers in other axes | convolutions (D, K) ↔ (D, 1, K), tables with an axis of 1 |
 | `then(a, b)` | a, and b on what it gave | GPT-2's fused q, k, v |

@@ -25,8 +25,9 @@ KINDS: dict[str, set[str]] = {
 OLD_NAMES = {"su": "longrope"}
 
 
-def read_rope(config: Words, theta: float = 10_000.0, fraction: float = 1.0) -> RoPE:
-    """The position that a config describes. `theta` and `fraction` are the defaults of its class.
+def read_rope(config: Words, theta: float = 10_000.0, fraction: float | None = None) -> RoPE:
+    """The position that a config describes. `theta` and `fraction` are the defaults of its class; most have no `fraction`
+    and turn whole heads, whatever the config says of it.
 
     Raises `UserError` for a rotation that is not supported.
     """
@@ -35,7 +36,11 @@ def read_rope(config: Words, theta: float = 10_000.0, fraction: float = 1.0) -> 
         "rope_theta": config.get("rope_theta") or theta,
         **{key: value for key, value in words.items() if value is not None},
     }
-    said.setdefault("partial_rotary_factor", fraction if (own := config.get("partial_rotary_factor")) is None else own)
+    own = config.get("partial_rotary_factor")
+    said.setdefault("partial_rotary_factor", (1.0 if fraction is None else fraction) if own is None else own)
+    if fraction is None and said["partial_rotary_factor"] != 1.0:
+        share = said["partial_rotary_factor"]
+        raise UserError(f"config.json: partial_rotary_factor = {share} is not supported here: the family turns whole heads")
     return rope_of(said, config)
 
 
@@ -101,7 +106,7 @@ READ: dict[str, Callable[[Words, Words], Scaling]] = {
 
 
 def read_context(config: Words, rope: RoPE) -> int:
-    """The longest sequence. A dynamic rotation is there to be used beyond `max_position_embeddings`, up to `factor` times it."""
+    """The longest sequence. A dynamic rotation is there to go beyond `max_position_embeddings`, up to `factor` times it."""
     longest = config["max_position_embeddings"]
     return int(longest * rope.scaling.factor) if isinstance(rope.scaling, DynamicNTK) else longest
 

@@ -17,6 +17,7 @@ import torch
 from headspring.artifacts.errors import UserError
 from headspring.models.dialects.moves import Move, Rows, Shape, moved_shapes
 
+AS_ROWS = Rows()
 SHOWN = 3  # names of tensors in an error
 
 
@@ -28,7 +29,7 @@ class Rule:
     ours: tuple[str, ...]
     move: Move
 
-    def __init__(self, theirs: str | Sequence[str], *ours: str, move: Move = Rows()):
+    def __init__(self, theirs: str | Sequence[str], *ours: str, move: Move = AS_ROWS):
         object.__setattr__(self, "theirs", (theirs,) if isinstance(theirs, str) else tuple(theirs))
         object.__setattr__(self, "ours", ours)
         object.__setattr__(self, "move", move)

@@ -22,7 +22,7 @@ def mamba() -> Decoder:
 @family("mamba2")
 def mamba2() -> Decoder:
     """Mamba-2 (arXiv 2405.21060), in two groups, with chunks shorter than the tests' sequences."""
-    mixer = Mamba2(state=5, head_dim=12, groups=2, conv=3, chunk=4)
+    mixer = Mamba2(state=5, head_dim=12, groups=2, conv=3, epsilon=1e-6, chunk=4)
     return Decoder(vocab=53, width=24, layers=repeat(2, Block(mixer=mixer)), context=48, tied=False)
 
 

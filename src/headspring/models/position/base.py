@@ -18,9 +18,11 @@ class Position(Variant):
 
 
 class PositionModule(PartModule):
-    """Both hooks do nothing here. `key` names what `prepare` puts into the context; layers alike have the same."""
+    """The hooks do nothing here. `key` names what `prepare` puts into the context; layers alike have the same. `biased` says
+    that something is added to the scores."""
 
     key: str = ""
+    biased = False
     by_length = False
 
     def regime(self, length: int) -> int:
@@ -34,8 +36,22 @@ class PositionModule(PartModule):
         """Queries or keys (B, T, H, C) → the same, marked with their positions."""
         return x
 
+    def rotation(self, context: Context) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(cos, sin) where `place` is `kernels.rotate` by them; None where it leaves queries and keys alone."""
+        return None
+
+    @property
+    def fuses(self) -> bool:
+        """Whether `rotation` says all that `place` does."""
+        return True
+
     def bias(self, context: Context) -> torch.Tensor | None:
         """What is added to the scores, (B or 1, H, T, S) float32, once prepared; None adds nothing."""
+        return None
+
+    def between(self, relative: torch.Tensor, context: Context) -> torch.Tensor | None:
+        """The same for chosen queries and keys, by the position of each key − that of its query, int64:
+        (…, T, S) → (…, H, T, S)."""
         return None
 
     def cost(self, name: str, vectors: int) -> Cost | None:

@@ -83,10 +83,15 @@ def buckets_of(relative: torch.Tensor, buckets: int, max_distance: int, causal: 
 
 
 class ScoreBiasModule(PositionModule):
-    """Adds what the context holds under `key`."""
+    """Adds `between` of all queries and keys, which the context then holds under `key`."""
+
+    biased = True
 
     def bias(self, context: Context) -> torch.Tensor:
-        return context.prepared[self.key]
+        return context.once(self.key, lambda: self.between(context.relative, context))
+
+    def between(self, relative: torch.Tensor, context: Context) -> torch.Tensor:
+        raise NotImplementedError
 
 
 class ALiBiModule(ScoreBiasModule):
@@ -96,12 +101,9 @@ class ALiBiModule(ScoreBiasModule):
         super().__init__()
         self.value, self.heads, self.key = value, heads, f"{value!r} {heads}"
 
-    def prepare(self, context: Context) -> None:
-        def make() -> torch.Tensor:
-            slopes = self.value.slopes(self.heads).to(context.device)
-            return -slopes[:, None, None] * context.relative[:, None].abs().float()
-
-        context.once(self.key, make)
+    def between(self, relative: torch.Tensor, context: Context) -> torch.Tensor:
+        slopes = self.value.slopes(self.heads).to(relative.device)
+        return -slopes[:, None, None] * relative.unsqueeze(-3).abs().float()
 
 
 class T5BiasModule(ScoreBiasModule):
@@ -117,19 +119,18 @@ class T5BiasModule(ScoreBiasModule):
         return {"weight": ParameterRule(normal(0.02), "vector")}
 
     def prepare(self, context: Context) -> None:
-        def buckets() -> torch.Tensor:
-            return buckets_of(context.relative, self.value.buckets, self.value.max_distance, self.causal)
+        context.once(SHARED, lambda: self)
 
-        places = context.once(f"buckets of {self.value!r} {self.causal}", buckets)
-        made = context.once(self.key, lambda: nn.functional.embedding(places, self.weight.float()).movedim(-1, 1))
-        context.once(SHARED, lambda: made)
+    def between(self, relative: torch.Tensor, context: Context) -> torch.Tensor:
+        places = buckets_of(relative, self.value.buckets, self.value.max_distance, self.causal)
+        return nn.functional.embedding(places, self.weight.float()).movedim(-1, -3)
 
     def cost(self, name: str, vectors: int) -> Cost:
         return Cost(name, self.weight.numel(), shape=f"{self.value.buckets} × {self.weight.shape[1]}")
 
 
 class SharedBiasModule(ScoreBiasModule):
-    """Reads what a layer before it has made."""
+    """Has the table of a layer before it, and where that has made the whole bias, that."""
 
     key = SHARED
 
@@ -138,8 +139,14 @@ class SharedBiasModule(ScoreBiasModule):
         self.heads = heads
 
     def prepare(self, context: Context) -> None:
-        made = context.prepared.get(SHARED)
-        if made is None:
+        owner = context.prepared.get(SHARED)
+        if owner is None:
             raise ValueError("a shared_bias position needs a layer before it with a t5_bias")
-        if made.shape[1] != self.heads:
-            raise ValueError(f"a shared_bias of {self.heads} heads cannot read a t5_bias of {made.shape[1]}")
+        if owner.weight.shape[1] != self.heads:
+            raise ValueError(f"a shared_bias of {self.heads} heads cannot read a t5_bias of {owner.weight.shape[1]}")
+
+    def bias(self, context: Context) -> torch.Tensor:
+        return context.prepared[SHARED].bias(context)
+
+    def between(self, relative: torch.Tensor, context: Context) -> torch.Tensor:
+        return context.prepared[SHARED].between(relative, context)

@@ -49,9 +49,7 @@ class RoPE(Position):
         scaling that depends on it; by default a row ends with its highest position. The attention factor of a scaling
         multiplies both.
         """
-        if self.scaling is None:
-            frequencies = _fixed(self, channels, positions.device)
-        elif self.scaling.by_length:
+        if self.scaling is not None and self.scaling.by_length:
             lengths = positions.amax(-1, keepdim=True) + 1 if lengths is None else lengths
             frequencies = self.scaling.frequencies(self.theta, self.dims(channels), lengths)
         else:
@@ -89,6 +87,13 @@ class RoPEModule(PositionModule):
 
     def prepare(self, context: Context) -> None:
         context.once(self.key, lambda: self.value.angles(context.positions, self.channels, context.lengths))
+
+    def rotation(self, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        return context.prepared[self.key]
+
+    @property
+    def fuses(self) -> bool:
+        return self.rotated == self.channels
 
     def place(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         cos, sin = context.prepared[self.key]
