@@ -2,10 +2,11 @@
 
     python benchmarks/attention_cost.py [--lengths 256 512 … 16384] [--only attention window] [--width 128]
 
-One layer, one row, float32, forward and backward. Every point runs in a process of its own and is measured three ways:
-`seconds` (the median of the passes that fit into the time given, after one that does not count), `kept` (bytes that the
-forward pass keeps for the backward pass, each storage once), and `peak` (bytes by which the process grew at most; Linux
-only). The exponent e of cost ~ length^e is the slope through the lengths from `--fit-from` on, on logarithmic axes.
+One layer, one row, float32, forward and backward, one thread. Every point runs in a process of its own and is measured three
+ways: `seconds` of the processor (the median of the passes that fit into the time given, after one that does not count),
+`kept` (bytes that the forward pass keeps for the backward pass, each storage once), and `peak` (bytes by which the process
+grew at most; Linux only). The exponent e of cost ~ length^e is the slope through the lengths from `--fit-from` on, on
+logarithmic axes.
 
 `pattern` is attention that forms its pattern (an observer looks at it), which the fused kernel of `attention` never does:
 its memory is the n² of the textbooks. It stops where a pattern would need more than `--largest` bytes.
@@ -97,9 +98,9 @@ def measure(name: str, length: int, width: int, seconds: float, pipe: Any) -> No
         return module(x, context).square().mean()
 
     def once() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         torch.autograd.grad(forward(), [x, *module.parameters()])
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     before = memory("VmRSS")
     first = once()
@@ -165,7 +166,8 @@ def main() -> None:
     from headspring.artifacts.environment import environment
     from headspring.artifacts.files import write_json
 
-    load, rows = os.getloadavg(), {name: {} for name in arguments.only}
+    load = os.getloadavg()
+    rows: dict[str, dict[int, dict[str, float]]] = {name: {} for name in arguments.only}
     for length in arguments.lengths:
         for name in arguments.only:
             if name == "pattern" and 4 * HEADS * length**2 > arguments.largest:

@@ -91,7 +91,7 @@ def steps(ours: Any, theirs: Any, tokens: torch.Tensor, compiled: bool) -> dict[
 
 
 def measure(name: str, sizes: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each turn, after one turn that does not count (but where, in eager mode, it alone took longer than the patience)."""
+    """Seconds of turns, after one that does not count (in eager mode it does if it took longer than the patience)."""
     ours, theirs = build(name, sizes)
     tokens = torch.randint(0, sizes.vocab, (sizes.batch, sizes.length + 1))
     contenders = steps(ours, theirs, tokens, sizes.compiled)

@@ -5,7 +5,8 @@
 A small decoder learns the next byte of Python's standard library with AdamW at every pair of a width and a learning rate
 (powers of two), once with `FanIn` and the same rates for all matrices (the standard parametrisation) and once with `mup`
 from the smallest width. Reported: the loss of the last fifth of the steps, the best rate of each width, and the factor by
-which it moved from the narrowest to the widest.
+which it moved from the narrowest to the widest. The logits of both are multiplied by `--output`, which like the rate has to
+be found at the smallest width: μP carries over what is found there, and a base that learns too slowly too.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import small_corpus
 
-from headspring.models import MLP, Attention, Block, Decoder, FanIn, mup, repeat
+from headspring.models import MLP, Attention, Block, Decoder, FanIn, Head, mup, repeat
 from headspring.training.callbacks import Callback, Diverged
 from headspring.training.config import TrainConfig
 from headspring.training.loop import train
@@ -36,6 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--output", type=float, default=4.0, help="what multiplies the logits of the narrowest model")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "learning_rate_transfer.json")
     return parser.parse_args()
 
@@ -52,8 +54,8 @@ class Losses(Callback):
 
 def decoder(arguments: argparse.Namespace, width: int, parametrisation: str) -> Decoder:
     block = Block(mixer=Attention(heads=HEADS, qk_norm=None), feedforward=MLP(hidden=4 * width))
-    layers = repeat(arguments.depth, block)
-    plain = Decoder(vocab=small_corpus.VOCAB, width=width, layers=layers, context=arguments.length, init=FanIn())
+    layers, head = repeat(arguments.depth, block), Head(scale=arguments.output)
+    plain = Decoder(vocab=small_corpus.VOCAB, width=width, layers=layers, context=arguments.length, init=FanIn(), head=head)
     base = arguments.widths[0]
     return plain if parametrisation == "standard" else mup(plain, base_width=base, base_head_dim=base // HEADS)
 

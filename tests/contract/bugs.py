@@ -20,6 +20,7 @@ from headspring.models.state import KeyValueState, RecurrentState, State
 from headspring.models.window import WindowState
 from headspring.training import checkpoint
 from headspring.training.objective import NextToken
+from tests.contract.checks import streams
 
 
 @contextmanager
@@ -103,15 +104,25 @@ def pretends_to_have_a_state(model):
 
 @contextmanager
 def padding_ignored(model):
-    original = model._context
-    with patch.object(model, "_context", lambda time, past, segments, padding: original(time, past, segments, None)):
+    reader = streams(model)[-1][1]
+    original = reader._context
+
+    def unpadded(time, past, segments, padding, *memory):
+        return original(time, past, segments, None, *memory)
+
+    with patch.object(reader, "_context", unpadded):
         yield
 
 
 @contextmanager
 def segments_ignored(model):
-    original = model._context
-    with patch.object(model, "_context", lambda time, past, segments, padding: original(time, past, None, padding)):
+    reader = streams(model)[-1][1]
+    original = reader._context
+
+    def unpacked(time, past, segments, padding, *memory):
+        return original(time, past, None, padding, *memory)
+
+    with patch.object(reader, "_context", unpacked):
         yield
 
 
@@ -159,14 +170,15 @@ def cache_off_by_one(model):
 
 @contextmanager
 def padding_forgotten_after_prefill(model):
-    original = model._check_state
+    reader = streams(model)[-1][1]
+    original = reader._check_state
 
     def forgetful(state, *rest):
         padding = original(state, *rest)
         state.padding = None
         return padding
 
-    with patch.object(model, "_check_state", forgetful):
+    with patch.object(reader, "_check_state", forgetful):
         yield
 
 
@@ -274,11 +286,12 @@ def stream_added_twice(model):
 
 @contextmanager
 def blind_to_its_input(model):
-    """Every token looks like the first of the vocabulary, so that only frequencies can be learned."""
+    """Every token looks like the first of the vocabulary, a source's too, so that only frequencies can be learned."""
     original = type(model).forward
 
     def blind(self, tokens, **masks):
-        return original(self, torch.zeros_like(tokens), **masks)
+        unseen = {"source": torch.zeros_like(masks["source"])} if "source" in masks else {}
+        return original(self, torch.zeros_like(tokens), **masks | unseen)
 
     with patch.object(type(model), "forward", blind):
         yield

@@ -16,6 +16,29 @@ from headspring.models.moe import MoEModule
 TOLERANCE = 1e-5
 
 
+def streams(model) -> list[tuple[str, object]]:
+    """The stacks of a model and how their sites begin; what answers to the tokens comes last."""
+    if not model.config.reads_source:
+        return [("", model)]
+    return [("encoder.", model.encoder), ("decoder.", model.decoder)]
+
+
+def sourced(model):
+    """An encoder–decoder that reads the same source in every row, whoever gives it none: as a function of its tokens it owes
+    what a decoder owes. Sources that differ are the business of tests/models/test_encoder_decoder.py."""
+    if not model.config.reads_source:
+        return model
+    original = model.forward
+
+    def forward(tokens, state=None, segments=None, padding=None, source=None, source_padding=None):
+        if source is None and (state is None or state.memory is None):
+            source = torch.arange(3, 10).expand(len(tokens), -1)
+        return original(tokens, state, segments, padding, source, source_padding)
+
+    model.forward = forward
+    return model
+
+
 def random_tokens(model, rows: int, time: int, seed: int = 0) -> torch.Tensor:
     low = int(model.config.counted)  # what is counted begins documents with token 0, and knows it nowhere else
     return torch.randint(low, model.config.vocab, (rows, time), generator=torch.Generator().manual_seed(seed))
@@ -51,7 +74,8 @@ def influence(model, tokens, row: int, time: int, **masks) -> torch.Tensor:
         leaves.append(x.detach().requires_grad_())
         return leaves[0]
 
-    with model.sites.edit({"embed": leaf}):
+    stem, _ = streams(model)[-1]
+    with model.sites.edit({f"{stem}embed": leaf}):
         hidden = model(tokens, **masks)[row, time]
     direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(time))
     (gradient,) = torch.autograd.grad(hidden @ direction, leaves)
@@ -244,10 +268,16 @@ def the_stream_is_the_sum_of_its_parts(model):
     """embed → pre, pre + mixer → mid, mid + feed-forward → post, through whatever norms the family puts around them."""
     with model.sites.capture(model.sites.names) as seen:
         model(random_tokens(model, 2, 9))
+    for stem, stack in streams(model):
+        is_the_sum_of_its_parts(stack, {name.removeprefix(stem): value for name, value in seen.items()})
+
+
+def is_the_sum_of_its_parts(stack, seen: dict[str, torch.Tensor]) -> None:
     stream = seen["embed"]
-    for i, block in enumerate(model.layers):
+    for i, block in enumerate(stack.layers):
         assert torch.equal(seen[f"layers.{i}.residual.pre"], stream)
-        for branch, part, place in ((block.mixer, "mixer", "mid"), (block.feedforward, "mlp", "post")):
+        parts = ((block.mixer, "mixer", "mid"), (block.cross, "cross", "cross"), (block.feedforward, "mlp", "post"))
+        for branch, part, place in parts:
             if branch is None:
                 continue
             y = seen[f"layers.{i}.{part}.out"]
@@ -256,7 +286,7 @@ def the_stream_is_the_sum_of_its_parts(model):
             stream = stream if branch.out is None else branch.out(stream)
             assert_close(seen[f"layers.{i}.residual.{place}"], stream)
             stream = seen[f"layers.{i}.residual.{place}"]
-    assert torch.equal(seen["final"], stream if model.norm is None else model.norm(stream))
+    assert torch.equal(seen["final"], stream if stack.norm is None else stack.norm(stream))
 
 
 @torch.no_grad()
@@ -266,15 +296,17 @@ def patching_everything_restores_everything(model):
     with model.sites.capture(model.sites.names) as seen:
         expected = model(clean)
     assert not torch.allclose(model(corrupt), expected)
-    cuts = [["embed"]]
-    for i, block in enumerate(model.layers):  # between branches that read the same, there is no cut
-        cuts += [[f"layers.{i}.residual.{at}"] for at in ("pre", "mid", "post") if at != "mid" or not block.parallel]
-    cuts.append(["embed", *(name for name in model.sites.names if name.endswith((".mixer.out", ".mlp.out")))])
+    stem, stack = streams(model)[-1]
+    sites = [name for name in model.sites.names if name.startswith(stem)]
+    parallel = [f"{stem}layers.{i}.residual.mid" for i, block in enumerate(stack.layers) if block.parallel]
+    cuts = [[f"{stem}embed"]]  # between branches that read the same, there is no cut
+    cuts += [[name] for name in sites if ".residual." in name and name not in parallel]
+    cuts.append([f"{stem}embed", *(name for name in sites if name.endswith((".mixer.out", ".cross.out", ".mlp.out")))])
     for names in cuts:
         with model.sites.edit({name: give(seen[name]) for name in names}):
             assert_close(model(corrupt), expected)
-    last = f"layers.{len(model.layers) - 1}.mixer"
-    parts, out = [f"{last}.{part}" for part in model.layers[-1].mixes.cut], f"{last}.out"
+    last = f"{stem}layers.{len(stack.layers) - 1}.mixer"
+    parts, out = [f"{last}.{part}" for part in stack.layers[-1].mixes.cut], f"{last}.out"
     if not set(parts) <= set(model.sites.names):
         return
     with model.sites.edit({name: give(seen[name]) for name in parts}), model.sites.capture([out]) as again:

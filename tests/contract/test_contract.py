@@ -52,7 +52,7 @@ def matrix(config) -> dict:
 
 
 def build(name: str):
-    return randomise(FAMILIES[name]().build()).eval()
+    return checks.sourced(randomise(FAMILIES[name]().build()).eval())
 
 
 def identities():

@@ -2,6 +2,7 @@
 
 import signal
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from headspring.training.masked import MaskedTokens
 from headspring.training.objective import NextToken
 from headspring.training.optimizers import AdamW, build_optimizers
 from headspring.training.schedule import WarmupStableDecay
-from tests.contract.checks import assert_close, random_tokens
+from tests.contract.checks import assert_close, random_tokens, sourced
 
 LENGTH = 12
 TRAINED = {name: tiny for name, tiny in FAMILIES.items() if not tiny().counted}  # the families that gradients train
@@ -57,11 +58,19 @@ class HiddenStream(Stream):
         return Sample(inputs, targets, np.zeros(LENGTH, dtype=np.int32))
 
 
+class SourcedStream(Stream):
+    """The same rows for a model that reads a source, another one for each row and of another length."""
+
+    def sample(self, index: int) -> Sample:
+        generator = np.random.default_rng((index % self.distinct, 1))
+        return replace(super().sample(index), source=generator.integers(0, self.vocab, 5 + index % 3))
+
+
 def lesson(model, distinct: int = 1000) -> tuple[NextToken, Stream]:
     """The objective of a family and rows to try it on."""
     vocab = model.config.vocab
     if model.config.causal:
-        return NextToken(), Stream(vocab, distinct)
+        return NextToken(), (SourcedStream if model.config.reads_source else Stream)(vocab, distinct)
     return MaskedTokens(), HiddenStream(vocab, distinct)
 
 
@@ -191,7 +200,7 @@ def saved_and_loaded_is_bitwise(model):
     """Config, weights and hidden states come back from a folder as they were."""
     with tempfile.TemporaryDirectory() as place:
         folder.save_model(model, Path(place))
-        loaded = folder.load_model(Path(place))
+        loaded = sourced(folder.load_model(Path(place)))
     assert loaded.config == model.config
     for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
@@ -208,10 +217,14 @@ def exported_is_the_same_in_transformers(model):
             assert "cannot express this model" in refusal(model, place)
             return
         dialects.export_huggingface(model, place)
-        auto = transformers.AutoModelForCausalLM if model.config.causal else transformers.AutoModelForMaskedLM
-        theirs = auto.from_pretrained(place, attn_implementation="eager")
+        kind = "Seq2SeqLM" if model.config.reads_source else "CausalLM" if model.config.causal else "MaskedLM"
+        theirs = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(place, attn_implementation="eager")
         back = dialects.import_huggingface(place)
     tokens = random_tokens(model, 2, 9)
-    assert_close(theirs(tokens).logits, model.logits(model(tokens)))
+    if model.config.reads_source:
+        source = random_tokens(model, 2, 7, seed=1)
+        assert_close(theirs(source, decoder_input_ids=tokens).logits, model.logits(model(tokens, source=source)))
+    else:
+        assert_close(theirs(tokens).logits, model.logits(model(tokens)))
     for (name, a), b in zip(model.named_parameters(), back.parameters(), strict=True):
         assert torch.equal(a, b), name

@@ -1,6 +1,7 @@
 """The encoder's line end to end: hidden tokens, then pairs, then vectors; and what an encoder is not for."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,39 +15,22 @@ from headspring.inference.embeddings import read_pooling
 
 ROOT = Path(__file__).parents[2]
 HEADSPRING = Path(sys.executable).with_name("headspring")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = """
     data.sources.stdlib.max_documents=160 data.split.validation=0.2 tokenizer.vocab_size=512
-    pretrain.model={width: 48, depth: 2, heads: 2, context: 128} pretrain.steps=40 pretrain.batch_size=8
-    pretrain.validation_samples=8 pretrain.compile=never
+    pretrain.model.width=48 pretrain.model.depth=2 pretrain.model.heads=2 pretrain.model.context=128
+    pretrain.steps=40 pretrain.batch_size=8 pretrain.validation_samples=8 pretrain.compile=never
     contrastive.steps=10 contrastive.batch_size=16 contrastive.pairs.passage_tokens=64 contrastive.compile=never
-""".split("\n")
+"""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     place = tmp_path_factory.mktemp("encoder") / "run"
-    words = [word for line in SMALL for word in _words(line)]
-    command = [HEADSPRING, "run", ROOT / "recipes" / "encoder.yaml", "--run-dir", place, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**_environment()})
+    command = [HEADSPRING, "run", ROOT / "recipes" / "encoder.yaml", "--run-dir", place, *SMALL.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     return place, done.stdout
-
-
-def _words(line: str) -> list[str]:
-    """Overrides of a line; a mapping in braces is one word."""
-    words: list[str] = []
-    for word in line.split():
-        if words and words[-1].count("{") > words[-1].count("}"):
-            words[-1] += f" {word}"
-        else:
-            words.append(word)
-    return words
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
@@ -75,7 +59,7 @@ def test_the_run_embeds(run):
 def test_an_encoder_is_not_asked_for_text(run):
     place, _ = run
     for words in (["generate", place, "--prompt", "x"], ["eval", place]):
-        done = subprocess.run([HEADSPRING, *words], capture_output=True, text=True, timeout=100, env=_environment())
+        done = subprocess.run([HEADSPRING, *words], capture_output=True, text=True, timeout=100, env=ENVIRONMENT)
         assert done.returncode == 2 and "sees both ways" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     with pytest.raises(UserError, match="sees both ways"):
         hs.load(place).logprobs("x")

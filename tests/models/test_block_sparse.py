@@ -67,7 +67,7 @@ def run(part, case, dense: bool):
 
 def assert_same(found, expected):
     for a, b in zip(found, expected, strict=True):
-        assert (a - b).abs().max() <= 1e-5 * max(1.0, float(b.abs().max()))
+        assert (a - b).abs().max() <= 1e-5 * max(1.0, float(b.detach().abs().max()))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -232,9 +232,10 @@ def test_families_keep_the_contract_where_all_is_gathered(name):
 
 
 def test_short_sequences_are_read_densely():
-    for length, expected in ((2 * BLOCK, False), (100 * BLOCK, True)):
+    for length, expected in ((512, False), (2048, True)):
         context = Context.of(length, 0, None, None, torch.device("cpu"))
         assert block_sparse.worthwhile(Causal(window=2 * BLOCK), context) is expected
+        assert block_sparse.worthwhile(Routed(block=64, top=4), context) is expected
         assert not block_sparse.worthwhile(Causal(), context)
 
 
@@ -258,8 +259,9 @@ def kept_bytes(part, time: int) -> int:
 
 
 @pytest.mark.parametrize("mask", [Causal(window=16), Causal(window=16, sinks=2), Routed(block=16, top=2)], ids=repr)
-def test_memory_grows_with_the_sequence_and_not_its_square(mask):
+def test_memory_grows_with_the_sequence_and_not_its_square(mask, monkeypatch):
     part = module(mask, softcap=5.0)  # the plain form, which would keep a pattern
+    monkeypatch.setattr(block_sparse, "PRICE", 0)
     small, large = kept_bytes(part, 512), kept_bytes(part, 2048)
     assert large < 4.3 * small
     with patch.object(block_sparse, "worthwhile", lambda *_: False), patch.object(attend_module, "PIECE", 10**9):

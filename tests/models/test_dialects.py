@@ -266,7 +266,7 @@ WIDER = Block(mixer=Attention(heads=4, qk_norm=None), feedforward=SwiGLU(hidden=
         (two_layers(PLAIN, WIDER), r"layers\.1\.feedforward\.f\.hidden is 50 and would become 48"),
         (
             small_decoder(norm=LayerNorm(epsilon=1e-6)),
-            r"cannot express this model: .* is of kind '\w+', and \w+ has a \w+ there",
+            r"cannot express this model: .* of kind '\w+', and \w+ has a \w+ there",
         ),
     ],
     ids=["nope", "bias-and-qk-norm", "epsilon", "post-norm", "unequal-layers", "layer-norm"],

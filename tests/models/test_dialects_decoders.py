@@ -1,7 +1,13 @@
 """Decoder-only families other than Llama's line, as `transformers` computes them."""
 
-import pytest
+import json
 
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from headspring.artifacts import UserError
+from headspring.models.dialects import import_huggingface
 from tests.models.parity import CONTEXT, check_causal, peer
 
 GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
@@ -75,3 +81,44 @@ def test_parity(name, tmp_path):
     # Falcon's eager attention adds ALiBi's bias twice (transformers 5.23): to the mask and to the scores.
     attention = "sdpa" if CASES[name][1].get("alibi") else "eager"
     check_causal(peer(*CASES[name], tmp_path, seed=len(name), attention=attention), tmp_path)
+
+
+def spoil(folder, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("opt", {"word_embed_proj_dim": 12}, "opt-350m"),
+        ("gpt2", {"n_positions": 10**9}, r"wpe\.weight \(our embed\.positions\.weight\) is 96 × 24, .* 1000000000 × 24"),
+        ("gpt2", {"n_layer": 10**9}, "n_layer = 1000000000, and the file has"),
+        ("gpt2", {"activation_function": "mish"}, "'mish' is not supported; those that are: gelu"),
+        ("neox", {"intermediate_size": 45}, r"dense_h_to_4h\.weight \(our .*\) is 44 × 24, the config makes it 45 × 24"),
+        ("falcon-7b", {"num_ln_in_parallel_attn": 2}, "belongs to new_decoder_architecture"),
+        ("falcon-7b", {"partial_rotary_factor": 0.5}, "turns whole heads"),
+        ("falcon-40b", {"num_kv_heads": 4}, r"query_key_value\.weight .* is 48 × 24, the config makes it 72 × 24"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "only False"),
+        ("gemma2", {"use_bidirectional_attention": True}, "sees no later tokens"),
+        ("gemma3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "layer_types = "),
+    ],
+)
+def test_what_is_not_supported_is_refused_in_a_line(name, changes, says, tmp_path):
+    theirs = peer(*CASES[name], tmp_path)
+    spoil(theirs.folder, **changes)
+    with pytest.raises(UserError, match=says) as caught:
+        import_huggingface(theirs.folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_the_bare_model_with_masks_in_it(tmp_path):
+    """The files of GPT-2 on the hub: no prefix, and a causal mask in each layer, in bytes."""
+    theirs = peer(*CASES["gpt2"], tmp_path)
+    expected = import_huggingface(theirs.folder)
+    stored = load_file(theirs.folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    bare |= {f"h.{i}.attn.bias": torch.ones(1, 1, CONTEXT, CONTEXT, dtype=torch.uint8).tril() for i in range(2)}
+    save_file(bare, theirs.folder / "model.safetensors")
+    found = import_huggingface(theirs.folder)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))

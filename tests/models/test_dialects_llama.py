@@ -38,7 +38,8 @@ ROTATIONS = {
 }
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 2.0, 9.0]}
 CASES = {
-    **{f"llama-{name}": ("Llama", SMALL | {"rope_parameters": rope | {"rope_theta": 500.0}}) for name, rope in ROTATIONS.items()},
+    **{f"llama-{name}": ("Llama", SMALL | {"rope_parameters": rope | {"rope_theta": 500.0}})
+       for name, rope in ROTATIONS.items()},
     "llama-biases": ("Llama", SMALL | {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
     "qwen2-yarn": ("Qwen2", SMALL | {"num_key_value_heads": 2, "rope_parameters": ROTATIONS["yarn"] | {"rope_theta": 1e6}}),
     "qwen3-biases": ("Qwen3", SMALL | {"num_key_value_heads": 1, "head_dim": 8, "attention_bias": True,

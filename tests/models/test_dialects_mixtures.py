@@ -1,7 +1,11 @@
 """Mixtures of experts and latent attention, as `transformers` computes them."""
 
+import json
+
 import pytest
 
+from headspring.artifacts import UserError
+from headspring.models.dialects import import_huggingface
 from tests.models.parity import CONTEXT, check_causal, peer
 
 # Sizes are multiples of 8: the grouped products of the reference want strides of 16 bytes.
@@ -68,3 +72,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_parity(name, tmp_path):
     check_causal(peer(*CASES[name], tmp_path, seed=len(name)), tmp_path)
+
+
+def test_experts_are_counted_before_they_are_built(tmp_path):
+    theirs = peer(*CASES["mixtral"], tmp_path)
+    config = json.loads((theirs.folder / "config.json").read_text())
+    (theirs.folder / "config.json").write_text(json.dumps(config | {"num_local_experts": 10**9}))
+    with pytest.raises(UserError, match="num_local_experts = 1000000000, and the file has"):
+        import_huggingface(theirs.folder)

@@ -11,7 +11,7 @@ from transformers import RecurrentGemmaConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
 
-from headspring.models import EluPlusOne, Favor, GatedDelta, GatedLinear, LinearAttention, Mamba, Mamba2
+from headspring.models import EluPlusOne, Favor, GatedDelta, GatedLinear, LinearAttention, Mamba, Mamba2, fused
 from headspring.models.chunked import delta
 from headspring.models.context import Context
 from headspring.models.convolution import CausalConvolution
@@ -337,3 +337,82 @@ def test_features_are_a_family_of_values():
     assert LinearAttention.model_validate_json(value.model_dump_json()) == value
     with pytest.raises(ValidationError, match="nearest are"):
         LinearAttention(features={"kind": "favour"})
+
+
+# ---- compiled, and with kernels of others
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "linear_attention", "performer", "gated_delta"])
+def test_a_compiled_block_is_one_graph_and_the_same_function(name):
+    model = randomise(FAMILIES[name]().build())
+    tokens = torch.randint(0, model.config.vocab, (ROWS, TIME))
+    results = []
+    for compiled in (False, True):
+        model.zero_grad()
+        if compiled:
+            for block in model.blocks():
+                block.compile(fullgraph=True, dynamic=False, backend="eager")
+        hidden = model(tokens, segments=SEGMENTS)
+        hidden.square().mean().backward()
+        results.append([hidden, *(parameter.grad for parameter in model.layers.parameters())])
+    torch._dynamo.reset()
+    for found, expected in zip(*results):
+        close(found, expected)
+
+
+def stand_ins():
+    """Functions with the signatures of the kernels (mamba_ssm 2, causal_conv1d 1, fla 0.6), on any device."""
+
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+        b, c = (part.squeeze(1).transpose(1, 2) for part in (B, C))
+        empty = u.new_zeros(u.shape[0], *A.shape)
+        y, last = recurrences.selective(u.transpose(1, 2), delta.transpose(1, 2), A, b, c, empty)
+        return y.transpose(1, 2), last
+
+    def causal_conv1d_fn(x, weight, bias=None, seq_idx=None):
+        none = torch.zeros(x.shape[0], x.shape[2], dtype=torch.bool)
+        return recurrences.convolution(x.mT, weight.unsqueeze(1), 0.0 if bias is None else bias, none).mT
+
+    def chunk_simple_gla(q, k, v, g=None, scale=None, initial_state=None, output_final_state=False):
+        y, last = recurrences.matrix(*(part.float() for part in (q * scale, k, v)), g, initial_state)
+        return y.to(v.dtype), last
+
+    def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False):
+        wide = (part.float() for part in (q * scale, k, v))
+        y, last = recurrences.matrix(*wide, g, initial_state, None, beta.float())
+        return y.to(v.dtype), last
+
+    return {name: value for name, value in locals().items() if callable(value)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "mixer", [Mamba(state=3), Mamba2(state=4, head_dim=6, groups=2), GatedDelta(heads=3)], ids=lambda mixer: mixer.kind
+)
+def test_a_fused_kernel_is_given_what_it_expects(mixer, monkeypatch):
+    """No GPU is needed to see that tensors arrive in the right order and layout, and come back so."""
+    used = set()
+
+    def kernel(name):
+        used.add(name)
+        return stand_ins()[name]
+
+    module, x = randomise(mixer.build(WIDTH)), torch.randn(ROWS, TIME, WIDTH)
+    expected, expected_state = module(x, context(TIME)), module.new_state(ROWS, TIME, torch.float32, x.device)
+    module(x, context(TIME), expected_state)
+    monkeypatch.setattr(fused, "kernel", kernel)
+    monkeypatch.setattr(fused, "applies", lambda x, activations, starts: starts is None)
+    close(module(x, context(TIME)), expected)
+    state = module.new_state(ROWS, TIME, torch.float32, x.device)
+    close(module(x, context(TIME), state), expected)
+    assert len(used) == 2 and state.bytes == expected_state.bytes
+    for name in state.tensors:
+        close(state[name], expected_state[name])
+
+
+def test_kernels_leave_alone_what_they_would_change():
+    x, starts = torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool)
+    assert not fused.applies(x, torch.bfloat16, None)  # on the CPU
+    if torch.cuda.is_available():
+        assert fused.applies(x.cuda(), torch.bfloat16, None)
+        assert not fused.applies(x.cuda(), torch.float32, None) and not fused.applies(x.cuda(), torch.bfloat16, starts.cuda())

@@ -27,6 +27,7 @@ class Variant(Value):
 
     kind: str
     kinds: ClassVar[dict[str, type["Variant"]]] = {}
+    default_kind: ClassVar[str | None] = None  # of a mapping that names none
 
     @classmethod
     def _names_the_family(cls) -> bool:
@@ -60,6 +61,8 @@ class Variant(Value):
     def choose(cls, value: Any) -> Self:
         if isinstance(value, cls):
             return value
+        if isinstance(value, dict) and cls.default_kind is not None:
+            value = {"kind": cls.default_kind, **value}
         if not isinstance(value, dict) or "kind" not in value:
             known = ", ".join(sorted(cls.kinds))
             raise PydanticCustomError("kind_missing", "must be a mapping with a kind, one of: {known}", {"known": known})

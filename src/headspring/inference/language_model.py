@@ -70,7 +70,8 @@ class LanguageModel:
             raise UserError(f"revision={revision!r} belongs to a hub name; {source.name} is on this machine")
         folder = source.folder or download(source.name, revision)
         model = read_model(folder, precision).to(device=target)
-        model.compute_dtype = next(model.parameters()).dtype
+        if (parameter := next(model.parameters(), None)) is not None:  # an n-gram model has none
+            model.compute_dtype = parameter.dtype
         return cls(model, Tokenizer.load(folder), kind=source.kind, folder=folder)
 
     @property

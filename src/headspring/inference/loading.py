@@ -61,7 +61,8 @@ def read_model(path: Path, dtype: torch.dtype | None) -> ModelModule:
     if is_gguf(path):
         return import_gguf(path, dtype)
     model = load_model(path) if is_native(path) else import_huggingface(path)
-    return model.to(dtype=dtype or next(model.parameters()).dtype)
+    stored = next(model.parameters(), None)  # an n-gram model has none: its counts keep their precision
+    return model if stored is None else model.to(dtype=dtype or stored.dtype)
 
 
 def looks_like_hub_name(name: str) -> bool:

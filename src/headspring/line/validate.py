@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from headspring.artifacts.errors import UserError
-from headspring.artifacts.value import Value
+from headspring.artifacts.value import Value, Variant
 from headspring.line.source import Route, Source
 
 Config = TypeVar("Config", bound=Value)
@@ -49,7 +49,7 @@ def _describe(problem: Any, config: type[BaseModel], values: Any, route: Route, 
     location, kind, context = problem["loc"], problem["type"], problem.get("ctx", {})
     place = (*route, *_places(location, values, kind))
     if kind == "extra_forbidden":
-        hint = nearest(str(location[-1]), _valid_keys(config, location[:-1]))
+        hint = nearest(str(location[-1]), _valid_keys(config, location[:-1], values))
         return source.error(place, f"unknown key{hint}")
     if kind == "missing":
         return source.error(place, "this key is required")
@@ -63,7 +63,7 @@ def _describe(problem: Any, config: type[BaseModel], values: Any, route: Route, 
     if kind == "literal_error":
         expected = re.findall(r"'([^']*)'", context["expected"])
         return source.error(place, f"unknown value {given!r}{nearest(str(given), expected)}")
-    if kind == "value_error":  # a config's own words
+    if kind in ("value_error", "kind_missing", "kind_unknown"):  # a config's own words
         return source.error(place, message)
     shown = repr(given) if isinstance(given, str | int | float | bool | None) else f"a {_yaml_type(given)}"
     message = message[:1].lower() + message[1:]
@@ -83,12 +83,24 @@ def _places(location: Sequence[str | int], values: Any, kind: str) -> Route:
     return tuple(route)
 
 
-def _valid_keys(config: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """The names of the fields that could stand at `location` inside `config`."""
+def _valid_keys(config: type[BaseModel], location: Sequence[str | int], values: Any) -> list[str]:
+    """The names of the fields that could stand at `location` inside `config`, given what `values` chose on the way there."""
     reached: list[Any] = [config]
     for key in location:
         reached = [below for annotation in reached for below in _step(annotation, key)] or reached
+        if isinstance(values, Mapping | list) and _places([key], values, ""):
+            values = values[key]  # type: ignore[call-overload]
+        reached = [chosen for annotation in reached for chosen in _chosen(annotation, values)]
     return [name for annotation in reached for model in _models(annotation) for name in _names(model)]
+
+
+def _chosen(annotation: Any, values: Any) -> Iterator[Any]:
+    """A family of values is the member that `kind` names; anything else is itself."""
+    for part in _alternatives(annotation):
+        kinds = part.kinds if isinstance(part, type) and issubclass(part, Variant) else {}
+        said = values.get("kind", part.default_kind) if kinds and isinstance(values, Mapping) else None
+        if said in kinds or not kinds:
+            yield kinds.get(said, part)
 
 
 def _step(annotation: Any, key: str | int) -> Iterator[Any]:

@@ -3,10 +3,12 @@
 from headspring.models.attention import Attention
 from headspring.models.block import Block, Branch, pattern, repeat
 from headspring.models.chosen import Hashed, Routed
+from headspring.models.cross_attention import CrossAttention
 from headspring.models.decoder import Decoder
 from headspring.models.delta import GatedDelta
 from headspring.models.embedding import Embed, Head
 from headspring.models.encoder import Encoder
+from headspring.models.encoder_decoder import EncoderDecoder
 from headspring.models.feedforward import MLP, Gated, SwiGLU
 from headspring.models.folder import load_model, save_model
 from headspring.models.gated_linear import GatedLinear
@@ -43,12 +45,14 @@ __all__ = [
     "Block",
     "Branch",
     "Causal",
+    "CrossAttention",
     "Decoder",
     "DeepNorm",
     "DynamicNTK",
     "EluPlusOne",
     "Embed",
     "Encoder",
+    "EncoderDecoder",
     "FanIn",
     "Favor",
     "Full",

@@ -4,6 +4,7 @@
 
 Pre-norm fills the first slot, post-norm the last, a sandwich the first two. A branch without `residual` replaces x.
 A `parallel` block adds branches that all read the same x (arXiv 2204.06745); its own `pre` is a norm they share.
+In the decoder of an encoder–decoder a branch `cross` stands between the two: it reads what the encoder read.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from headspring.models.feedforward import FeedForward, FeedForwardModule
 from headspring.models.mixer import Mixer, MixerModule
 from headspring.models.norm import Norm, RMSNorm, RMSNormModule
 from headspring.models.part import Cost, PartModule
-from headspring.models.state import LayerState
+from headspring.models.state import LayerState, MemoryState, ReadingState
 
 
 class Branch(Value):
@@ -50,11 +51,12 @@ class Block(Value):
 
     kind: Literal["block"] = "block"
     mixer: Branch
+    cross: Branch | None = None
     feedforward: Branch | None = None
     parallel: bool = False
     pre: Norm | None = None
 
-    @field_validator("mixer", "feedforward", mode="before")
+    @field_validator("mixer", "cross", "feedforward", mode="before")
     @classmethod
     def _wrap(cls, value: object) -> object:
         if isinstance(value, Branch) or value is None:
@@ -67,6 +69,12 @@ class Block(Value):
     def _belongs_together(self) -> "Block":
         if not isinstance(self.mixer.f, Mixer):
             raise ValueError(f"the mixer of a block cannot be of kind {self.mixer.f.kind!r}, which works on each token alone")
+        if self.mixer.f.reads_memory:
+            raise ValueError(f"{self.mixer.f.kind!r} reads another sequence: give it as cross, beside a mixer of the tokens")
+        if self.cross is not None and not (isinstance(self.cross.f, Mixer) and self.cross.f.reads_memory):
+            raise ValueError(f"cross cannot be of kind {self.cross.f.kind!r}, which does not read an encoder; use cross_attention")
+        if self.cross is not None and self.parallel:
+            raise ValueError("a parallel block has no cross: what to ask the encoder is known after the mixer")
         if self.feedforward is not None and not isinstance(self.feedforward.f, FeedForward):
             raise ValueError(f"the feedforward of a block cannot be of kind {self.feedforward.f.kind!r}, which mixes tokens")
         if self.pre is not None and not self.parallel:
@@ -141,6 +149,7 @@ class BlockModule(PartModule):
         self.parallel = value.parallel
         self.pre = value.pre.build(width) if value.pre else None
         self.mixer = BranchModule(value.mixer, width)
+        self.cross = BranchModule(value.cross, width) if value.cross else None
         self.feedforward = BranchModule(value.feedforward, width) if value.feedforward else None
 
     @property
@@ -153,14 +162,24 @@ class BlockModule(PartModule):
         x = self.site("residual.pre", x)
         if self.parallel:
             return self.site("residual.post", self._parallel(x, context, state))
+        memory, state = (state.memory, state.own) if isinstance(state, ReadingState) else (None, state)
         x, read = self.mixer.read(x)
-        y = self.mixes(read, context, state)
-        if self.feedforward is None or self.tap is not None or not self.mixer.only_adds:
-            x, y = self.site("residual.mid", self.mixer.combine(x, y)), None
+        x, y = self._added(self.mixer, x, self.mixes(read, context, state), "residual.mid", self.cross or self.feedforward)
+        if self.cross is not None:
+            x, read = self.cross.read(x, y)
+            x, y = self._added(self.cross, x, self.cross.f(read, context, memory), "residual.cross", self.feedforward)
         if self.feedforward is not None:
             x, read = self.feedforward.read(x, y)
             x = self.feedforward.combine(x, self.feedforward.f(read))
         return self.site("residual.post", x)
+
+    def _added(
+        self, branch: BranchModule, x: torch.Tensor, y: torch.Tensor, site: str, after: BranchModule | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The stream after a branch. Where that is x + y and nobody looks, the sum is left to the norm of the branch after."""
+        if after is None or self.tap is not None or not branch.only_adds:
+            return self.site(site, branch.combine(x, y)), None
+        return x, y
 
     def _parallel(self, x: torch.Tensor, context: Context, state: LayerState | None) -> torch.Tensor:
         """Both branches read the same."""
@@ -173,20 +192,28 @@ class BlockModule(PartModule):
 
     def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerState:
         """An empty memory for `batch` rows of up to `capacity` tokens."""
-        return self.mixes.new_state(batch, capacity, dtype, device)
+        own = self.mixes.new_state(batch, capacity, dtype, device)
+        return own if self.cross is None else ReadingState(own, MemoryState())
 
     def owners(self, name: str) -> Iterator[tuple[str, PartModule, tuple[str, ...]]]:
         """The modules that have sites: prefix, module, names."""
-        yield name, self, ("residual.pre", "residual.mid", "residual.post")
+        crossed = () if self.cross is None else ("residual.cross",)
+        yield name, self, ("residual.pre", "residual.mid", *crossed, "residual.post")
         yield f"{name}.mixer", self.mixes, self.mixes.site_names
+        if self.cross is not None:
+            yield f"{name}.cross", self.cross.f, self.cross.f.site_names
         if self.feedforward is not None:
             yield f"{name}.mlp", self.feedforward.f, self.feedforward.f.site_names
 
     def prepare(self, context: Context) -> None:
         self.mixes.prepare(context)
+        if self.cross is not None and isinstance(self.cross.f, MixerModule):
+            self.cross.f.prepare(context)
 
     def cost(self, name: str, context_length: int) -> Cost:
         parts = [self.mixer.cost("mixer", context_length)]
+        if self.cross is not None:
+            parts.append(self.cross.cost("cross", context_length))
         if self.feedforward is not None:
             parts.append(self.feedforward.cost("mlp", context_length))
         if self.pre is not None:

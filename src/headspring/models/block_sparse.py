@@ -10,8 +10,9 @@ element, so that the result is that of the dense form. Time and memory grow as n
 longer than its block, what was gathered is not kept for the backward pass but gathered again.
 
 Why not FlexAttention: on the CPU it has no backward pass, and this is plain torch that runs anywhere. What it gives up:
-keys are copied as often as lists name them, which a fused kernel would not do, and short sequences are better off dense:
-`worthwhile` gathers only where a list has at most half of the keys.
+keys are copied as often as lists name them, which a fused kernel would not do. Copying a key costs about as much as `PRICE`
+queries that look at it, so that short blocks do not pay: `worthwhile` compares with one dense call under a mask, by constants
+measured on a CPU in float32. By that rule `Strided`, whose blocks are short, is read sparsely for its memory, not its time.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from headspring.models.chosen import Chosen, choose
 from headspring.models.context import Context, Visibility
 from headspring.models.mask import Mask
 
+PRICE = 110  # queries of one block that see a key in the time of gathering it
+GAIN = 1.25  # the price of a seen key in a list, in keys of a dense mask
+LONG = 4096  # keys from which on the memory of a dense mask decides
 KEPT = 4  # times the keys: what gathering may keep for the backward pass
 ROWS = 1 << 18  # gathered keys at a time, where they are not kept
 
@@ -69,13 +73,18 @@ class Lists:
 
 
 def worthwhile(mask: Mask, context: Context) -> bool:
-    """Whether gathering reads at most half of the keys. Tokens that follow a state are few, and read densely."""
-    if mask.query_block is None or context.past or context.time < 2 * mask.query_block:
+    """Whether reading lists of L keys by blocks of b queries is cheaper than reading all S: GAIN · L · (1 + PRICE / b) ≤ S.
+    From LONG keys on, a list of half of them is enough, as the dense mask would need S² numbers. Tokens that
+    follow a state are few, and read densely."""
+    block = mask.query_block
+    if block is None or context.past or context.time < 2 * block:
         return False
     if isinstance(mask, Chosen):
-        return 2 * mask.block * (mask.top + 1) <= context.time
-    last = torch.tensor(context.time // mask.query_block)
-    return 2 * mask.gathered(last, context.time).shape[-1] <= context.time
+        longest = block * (mask.top + 1)
+    else:
+        longest = mask.gathered(torch.tensor(context.time // block), context.time).shape[-1]
+    quick = GAIN * longest * (1 + PRICE / block) <= context.time
+    return quick or (context.time >= LONG and 2 * longest <= context.time)
 
 
 def lay_out(context: Context, size: int) -> Blocks:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
+from headspring.models import fused
 from headspring.models.part import Cost
 from headspring.models.scan import linear_scan
 
@@ -34,15 +35,21 @@ def decayed(
     initial: torch.Tensor,
     starts: torch.Tensor | None = None,
     chunk: int = CHUNK,
+    activations: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, T, H, P) and the last S (B, H, N, P).
 
     q, k (B, T, G, N) are shared by H / G heads each; v (B, T, H, P); log_decay (B, T, H) at most 0, None for no decay; initial
-    (B, H, N, P); `starts` (B, T) bool, True where memory starts anew. All of one float dtype.
+    (B, H, N, P); `starts` (B, T) bool, True where memory starts anew. All of one float dtype. For `activations` of half
+    precision a fused kernel may stand in.
     """
     batch, time, heads, _ = v.shape
     if time == 1:
         return _decayed_step(q, k, v, log_decay, initial, starts)
+    if fused.applies(v, activations, starts) and log_decay is not None:
+        made = fused.decayed(q, k, v, log_decay, initial, activations)
+        if made is not None:
+            return made
     groups = q.shape[2]
     split = lambda s: s.unflatten(-3, (groups, heads // groups))  # heads of (…, H, N, P) by group
     parts = Chunks.of(time, chunk, batch, heads, log_decay, starts, v)
@@ -89,6 +96,7 @@ def delta(
     initial: torch.Tensor,
     starts: torch.Tensor | None = None,
     chunk: int = CHUNK,
+    activations: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, T, H, P) and the last S (B, H, N, P). q, k (B, T, H, N), k of length at most 1; v (B, T, H, P); log_decay, beta
     (B, T, H); the rest as in `decayed`.
@@ -103,6 +111,10 @@ def delta(
         u = beta.unsqueeze(-1) * (v - (k.unsqueeze(-2) @ held).squeeze(-2))
         state = held + k.unsqueeze(-1) * u.unsqueeze(-2)
         return (q[:, 0].unsqueeze(-2) @ state).transpose(1, 2), state
+    if fused.applies(v, activations, starts):
+        made = fused.delta(q, k, v, log_decay, beta, initial, activations)
+        if made is not None:
+            return made
     parts = Chunks.of(time, chunk, batch, heads, log_decay, starts, v)
     q, k, v = (parts.cut(x).transpose(2, 3) for x in (q, k, v))  # (B, c, H, L, N or P)
     beta = parts.cut(beta).transpose(2, 3).unsqueeze(-1)

@@ -10,6 +10,7 @@ can be cut where it would reach into another document.
 import torch
 from torch import nn
 
+from headspring.models import fused
 from headspring.models.context import Context
 from headspring.models.part import Cost, ParameterRule, PartModule, constant
 
@@ -40,12 +41,17 @@ class CausalConvolution(PartModule):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """y, and the window that the next tokens find."""
         batch, time, _ = x.shape
+        if window is None and fused.applies(x, x.dtype, context.starts) and time >= self.width:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            made = fused.convolution(x, self.weight.squeeze(1).to(x.dtype), bias)
+            if made is not None:
+                return made, x[:, 1 + time - self.width :].clone()
         taps = self.weight.squeeze(1).to(x.dtype).mT.flip(0)  # (W, E), now first
         window = self.new_window(batch, x.dtype, x.device) if window is None else window.to(x.dtype)
         whole = torch.cat([window, x], dim=1)
         y = x * taps[0] if self.bias is None else torch.addcmul(self.bias.to(x.dtype), x, taps[0])
         for i in range(1, self.width):
-            past = whole[:, self.width - 1 - i :][:, :time]
+            past = whole[:, self.width - 1 - i : self.width - 1 - i + time]
             if context.starts is not None:
                 past = torch.where((context.positions >= i).unsqueeze(-1), past, 0.0)
             y = torch.addcmul(y, past, taps[i])

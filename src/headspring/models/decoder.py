@@ -10,6 +10,7 @@ all decoders, and so is any pattern of them. The forward pass is that of `stack`
 import math
 from typing import Literal
 
+from headspring.artifacts.errors import UserError
 from headspring.models.stack import Stack, StackModule
 
 
@@ -19,6 +20,8 @@ class Decoder(Stack):
     kind: Literal["decoder"] = "decoder"
 
     def module(self) -> "DecoderModule":
+        if any(block.cross is not None for block in self.layers):
+            raise UserError("this decoder reads an encoder: make it part of an encoder_decoder")
         return DecoderModule(self)
 
     def build(self, seed: int = 0) -> "DecoderModule":

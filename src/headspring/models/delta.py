@@ -79,7 +79,7 @@ class GatedDeltaModule(MixerModule):
         decay = -self.A_log.to(wide).exp() * softplus(self.a(x).to(wide) + self.dt_bias.to(wide))
         decay, beta = self.site("decay", decay), self.site("beta", self.b(x).to(wide).sigmoid())
         memory = self._empty(len(x), wide, x.device) if state is None else state["S"]
-        y, memory = delta(q * self.keys**-0.5, k, v, decay, beta, memory, context.starts, self.chunk)
+        y, memory = delta(q * self.keys**-0.5, k, v, decay, beta, memory, context.starts, self.chunk, dtype)
         y, memory = self.site("heads", y), self.site("state", memory)
         if state is not None:
             state.replace(x.shape[1], window=window, S=memory)

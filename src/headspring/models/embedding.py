@@ -38,17 +38,33 @@ class Head(Value):
 
 
 class Table(PartModule):
-    """(V, D) rows."""
+    """(V, D) rows: `weight`, or those of the table that it borrows."""
 
-    def __init__(self, vocab: int, width: int, group: Group, std: float = EMBEDDING_STD, *, bias: bool = False):
+    def __init__(
+        self,
+        vocab: int,
+        width: int,
+        group: Group,
+        std: float = EMBEDDING_STD,
+        *,
+        bias: bool = False,
+        borrowed: "Table | None" = None,
+    ):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab, width))
+        self._owner = (borrowed,)  # in a tuple it is no part of this module: its rows have one name
+        if borrowed is None:
+            self.weight = nn.Parameter(torch.empty(vocab, width))
         self.bias = nn.Parameter(torch.empty(vocab)) if bias else None
         self.group: Group = group
         self.std = std
 
+    @property
+    def rows(self) -> torch.Tensor:
+        owner = self._owner[0]
+        return self.weight if owner is None else owner.rows
+
     def rules(self) -> dict[str, ParameterRule]:
-        rules = {"weight": ParameterRule(normal(self.std), self.group)}
+        rules = {"weight": ParameterRule(normal(self.std), self.group)} if self._owner[0] is None else {}
         if self.bias is not None:
             rules["bias"] = ParameterRule(constant(0.0), "vector")
         return rules
@@ -68,8 +84,8 @@ class Bias(PartModule):
 class EmbedModule(Table):
     """tokens (B, T) int64 → (B, T, D)."""
 
-    def __init__(self, value: Embed, vocab: int, width: int, context: int):
-        super().__init__(vocab, value.inner or width, "embedding")
+    def __init__(self, value: Embed, vocab: int, width: int, context: int, borrowed: Table | None = None):
+        super().__init__(vocab, value.inner or width, "embedding", borrowed=borrowed)
         self.value = value
         self.widen = Linear(value.inner, width) if value.inner else None
         self.positions = value.positions.build(width, context) if value.positions else None
@@ -80,7 +96,7 @@ class EmbedModule(Table):
         self, tokens: torch.Tensor, dtype: torch.dtype, positions: torch.Tensor, types: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`positions` (B or 1, T) int64; `types` (B, T) int64, all of type 0 where it is left out."""
-        x = nn.functional.embedding(tokens, self.weight).to(dtype)
+        x = nn.functional.embedding(tokens, self.rows).to(dtype)
         if self.value.scale is not None:
             x = x * torch.tensor(self.value.scale, dtype=dtype, device=x.device)
         if self.widen is not None:
@@ -95,8 +111,9 @@ class EmbedModule(Table):
         return x if self.norm is None else self.norm(x)
 
     def cost(self, name: str) -> Cost:
-        vocab, width = self.weight.shape
-        parts = [Cost("table", vocab * width, 0.0, 2.0 * width, 0.0, f"{vocab} × {width}")]
+        vocab, width = self.rows.shape
+        own = self._owner[0] is None
+        parts = [Cost("table", vocab * width * own, 0.0, 2.0 * width, 0.0, f"{vocab} × {width}" if own else "shared")]
         if self.widen is not None:
             parts.append(self.widen.cost("widen"))
         if self.positions is not None:

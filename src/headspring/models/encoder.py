@@ -42,6 +42,8 @@ class Encoder(Stack):
             if mixer.causal:
                 why = f"{mixer.kind!r} reads from left to right; an encoder needs mask: {{kind: full}}"
                 raise ValueError(f"layers.{index}: {why}")
+        if any(block.cross is not None for block in self.layers):
+            raise ValueError("an encoder has no cross: it is what a decoder's cross reads")
         if self.head is None and not self.tied:
             raise ValueError("an encoder without a head has no output matrix to untie; leave tied out")
         return self

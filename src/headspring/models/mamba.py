@@ -75,8 +75,9 @@ class MambaModule(MixerModule):
         x, z = self.site("x", silu(x)), self.site("gate", z)
         rank, b, c = self.x_proj(x).split([self.rank, self.states, self.states], dim=-1)
         step, b, c = self.site("dt", self.dt_proj(rank)), self.site("B", b), self.site("C", c)
-        h = x.new_zeros(len(x), self.inner, self.states, dtype=wide) if state is None else state["h"]
-        y, h = selective_scan(x.to(wide), step, -self.A_log.to(wide).exp(), b.to(wide), c.to(wide), h, context.starts)
+        h = None if state is None else state["h"]
+        a, b, c = -self.A_log.to(wide).exp(), b.to(wide), c.to(wide)
+        y, h = selective_scan(x.to(wide), step, a, b, c, h, context.starts, dtype)
         y = self.site("y", torch.addcmul(y, self.D.to(wide), x.to(wide)).to(dtype))
         h = self.site("state", h)
         if state is not None:

@@ -89,7 +89,7 @@ class Mamba2Module(MixerModule):
         z = self.site("gate", z)
         memory = self._empty(len(x), wide, x.device) if state is None else state["S"]
         log_decay = step * -self.A_log.to(wide).exp()
-        y, memory = decayed(c, b, x * step.unsqueeze(-1), log_decay, memory, context.starts, self.value.chunk)
+        y, memory = decayed(c, b, x * step.unsqueeze(-1), log_decay, memory, context.starts, self.value.chunk, dtype)
         y = self.site("y", torch.addcmul(y, self.D.to(wide).unsqueeze(-1), x))
         memory = self.site("state", memory)
         if state is not None:

@@ -23,6 +23,11 @@ class Mixer(Variant):
     def causal(self) -> bool:
         return True
 
+    @property
+    def reads_memory(self) -> bool:
+        """Whether it mixes in what an encoder read, and not the tokens among themselves."""
+        return False
+
     def build(self, width: int) -> "MixerModule":
         raise NotImplementedError
 

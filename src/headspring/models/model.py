@@ -33,6 +33,11 @@ class Model(Variant):
         return True
 
     @property
+    def reads_source(self) -> bool:
+        """Whether it writes about another sequence, which its `forward` takes as `source`."""
+        return False
+
+    @property
     def counted(self) -> bool:
         """Whether it learns by counting documents and not by gradients."""
         return False

@@ -19,6 +19,8 @@ import math
 
 import torch
 
+from headspring.models import fused
+
 BLOCK = 32  # tokens whose states are held at once
 
 
@@ -36,16 +38,22 @@ def selective_scan(
     a: torch.Tensor,
     b: torch.Tensor,
     c: torch.Tensor,
-    initial: torch.Tensor,
+    initial: torch.Tensor | None,
     starts: torch.Tensor | None = None,
+    activations: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, T, E) and the last h (B, E, N) of
 
         h_t = exp(step_t a) ⊙ h_{t−1} + (step_t x_t) b_tᵀ        y_t = h_t c_t
 
-    x, step (B, T, E); a (E, N) negative; b, c (B, T, N); initial (B, E, N); all of one float dtype. Where `starts` (B, T) is
-    True, memory starts anew.
+    x, step (B, T, E); a (E, N) negative; b, c (B, T, N); initial (B, E, N), None for zeros; all of one float dtype. Where
+    `starts` (B, T) is True, memory starts anew. For `activations` of half precision a fused kernel may stand in.
     """
+    if initial is None:
+        made = fused.selective_scan(x, step, a, b, c) if fused.applies(x, activations, starts) else None
+        if made is not None:
+            return made
+        initial = x.new_zeros(x.shape[0], *a.shape)
     y, last, _ = torch.ops.headspring.selective_scan(x, step, a, b, c, initial, starts)
     return y, last
 

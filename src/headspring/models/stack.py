@@ -20,7 +20,7 @@ from headspring.models.mixer import Mixer
 from headspring.models.model import Model, ModelModule
 from headspring.models.norm import Norm, RMSNorm
 from headspring.models.part import Cost, Linear, ParameterRule, PartModule
-from headspring.models.state import State
+from headspring.models.state import Memory, State
 
 
 class Stack(Model):
@@ -57,9 +57,10 @@ class StackModule(ModelModule):
 
     config: Stack
 
-    def __init__(self, config: Stack):
+    def __init__(self, config: Stack, table: Table | None = None):
+        """`table`: another stack's embedding, in the place of one of its own."""
         super().__init__(config)
-        self.embed = EmbedModule(config.embed, config.vocab, config.width, config.context)
+        self.embed = EmbedModule(config.embed, config.vocab, config.width, config.context, table)
         self.layers = nn.ModuleList(block.build(config.width) for block in config.layers)
         self.norm = config.norm.build(config.width) if config.norm else None
         self.head_value = config.head or Head()
@@ -95,8 +96,10 @@ class StackModule(ModelModule):
         segments: torch.Tensor | None = None,
         padding: torch.Tensor | None = None,
         types: torch.Tensor | None = None,
+        memory: Memory | None = None,
     ) -> torch.Tensor:
-        """As every model's; `types` (B, T) int64 where the embedding knows types of tokens (default: all of type 0)."""
+        """As every model's; `types` (B, T) int64 where the embedding knows types of tokens (default: all of type 0);
+        `memory` is what the blocks with `cross` read."""
         time = tokens.shape[1]
         if state is not None:
             if types is not None:
@@ -110,7 +113,7 @@ class StackModule(ModelModule):
             past = 0
         if past + tokens.shape[1] > self.config.context:
             raise ValueError(f"{past + tokens.shape[1]} tokens are more than the model's context of {self.config.context}")
-        context = self._context(tokens.shape[1], past, segments, padding)
+        context = self._context(tokens.shape[1], past, segments, padding, memory)
         x = self.site("embed", self.embed(tokens, self.compute_dtype, context.positions, types))
         for index, block in enumerate(self.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -129,16 +132,24 @@ class StackModule(ModelModule):
         lengths = [(state.reach - pad, state.length + time - pad) for pad in pads]
         return any(mixer.regime(before) != mixer.regime(after) for mixer in mixers for before, after in lengths)
 
-    def _context(self, time: int, past: int, segments: torch.Tensor | None, padding: torch.Tensor | None) -> Context:
+    def _context(
+        self,
+        time: int,
+        past: int,
+        segments: torch.Tensor | None,
+        padding: torch.Tensor | None,
+        memory: Memory | None = None,
+    ) -> Context:
         """What the blocks share, prepared."""
-        context = Context.of(time, past, segments, padding, self.device)
+        read = () if memory is None else (memory.hidden, memory.mask)
+        context = Context.of(time, past, segments, padding, self.device, *read)
         for block in self.blocks():
             block.prepare(context)
         return context
 
     @property
     def output_weight(self) -> torch.Tensor:
-        return self.head.weight if isinstance(self.head, Table) else self.embed.weight
+        return self.head.weight if isinstance(self.head, Table) else self.embed.rows
 
     @property
     def output_bias(self) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ with the next call.
 Dense buffers come first; pages will replace the buffer, and the callers do not change.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -124,8 +125,65 @@ class RecurrentState:
         return sum(value.numel() * value.element_size() for value in self.tensors.values())
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What an encoder read for a decoder: `hidden` (B, M, D), and `mask` (B, M) True at tokens, None where all are."""
+
+    hidden: torch.Tensor
+    mask: torch.Tensor | None
+
+    def select(self, rows: torch.Tensor) -> "Memory":
+        return Memory(self.hidden[rows], None if self.mask is None else self.mask[rows])
+
+    @property
+    def bytes(self) -> int:
+        return self.hidden.numel() * self.hidden.element_size() + (0 if self.mask is None else self.mask.numel())
+
+
+class MemoryState:
+    """Keys and values of a `Memory` in one layer, (B, M, K, C) each; None until they are first needed."""
+
+    def __init__(self) -> None:
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+
+    def select(self, rows: torch.Tensor) -> None:
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+    @property
+    def bytes(self) -> int:
+        return sum(kept.numel() * kept.element_size() for kept in (self.keys, self.values) if kept is not None)
+
+
+class ReadingState:
+    """The state of a layer that also reads a memory: its `own`, which alone counts tokens, and that of the memory, which no
+    rewinding changes."""
+
+    def __init__(self, own: LayerState, memory: MemoryState):
+        self.own, self.memory = own, memory
+
+    @property
+    def length(self) -> int:
+        return self.own.length
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.own.select(rows)
+        self.memory.select(rows)
+
+    def last_boundary(self, length: int) -> int:
+        return self.own.last_boundary(length)
+
+    def rewind_to(self, length: int) -> None:
+        self.own.rewind_to(length)
+
+    @property
+    def bytes(self) -> int:
+        return self.own.bytes + self.memory.bytes
+
+
 class State:
-    """The memory of a whole model: one layer state a layer, and the left padding of its rows.
+    """The memory of a whole model: one layer state a layer, the left padding of its rows, and what an encoder read for it.
 
     All rows have the same number of stored tokens; rows of different lengths are padded on the left.
     """
@@ -134,6 +192,7 @@ class State:
         self.layers = layers
         self.capacity = capacity
         self.padding: torch.Tensor | None = None  # (B,) int64
+        self.memory: Memory | None = None
         self.tokens = torch.zeros(batch, 0, dtype=torch.int64, device=device)  # all that were read, (B, length)
         self.pending = 0  # tokens at the end of `tokens` that the layers must read again
         self.reach = 0  # length of the sequences for which the layers' memory was made
@@ -161,6 +220,8 @@ class State:
         self.tokens = self.tokens[rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
+        if self.memory is not None:
+            self.memory = self.memory.select(rows)
 
     def fork(self, copies: int) -> None:
         """Repeat every row `copies` times, copies side by side."""
@@ -183,5 +244,5 @@ class State:
 
     @property
     def bytes(self) -> int:
-        """Memory held by the layers, in bytes."""
-        return sum(layer.bytes for layer in self.layers)
+        """Memory held, in bytes."""
+        return sum(layer.bytes for layer in self.layers) + (0 if self.memory is None else self.memory.bytes)

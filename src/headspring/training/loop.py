@@ -95,8 +95,11 @@ def train(
 ) -> TrainResult:
     """Train `model` in place and return what it took. `folder` gets `checkpoints/` and `logs/`; a run found there goes on.
 
-    Raises `Interrupted` after a signal, `Diverged` for NaN or a spike, `UserError` for a precision the device lacks.
+    Raises `Interrupted` after a signal, `Diverged` for NaN or a spike, `UserError` for a precision the device lacks and for
+    a model that is counted.
     """
+    if model.config.counted:
+        raise UserError(f"a model of kind {model.config.kind!r} learns by counting documents: it cannot be trained further")
     device = pick_device(config.device)
     distributed.start(device)
     model.to(device)

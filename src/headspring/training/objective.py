@@ -27,7 +27,8 @@ class Objective(Protocol):
 
 
 class NextToken:
-    """Cross-entropy of the next token over targets that are not IGNORE: pretraining and SFT."""
+    """Cross-entropy of the next token over targets that are not IGNORE: pretraining and SFT, and what an encoder–decoder
+    writes about the source of each row."""
 
     needs_causal = True  # a model that sees what follows would only copy it
 
@@ -37,7 +38,10 @@ class NextToken:
     def loss(self, model: ModelModule, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if self.needs_causal and not model.config.causal:
             raise UserError(f"a model of kind {model.config.kind!r} sees the next token and cannot be trained to predict it")
-        hidden = model(batch.inputs, segments=batch.segments)
+        given = getattr(batch, "given", {})
+        if given and not model.config.reads_source:
+            raise UserError(f"these rows have a source, which a model of kind {model.config.kind!r} cannot read")
+        hidden = model(batch.inputs, segments=batch.segments, **given)
         return cross_entropy_sum(model, hidden, batch.targets), {}
 
 

@@ -1,4 +1,4 @@
-"""The pretrain stage: a decoder or an encoder from scratch on packed token shards."""
+"""The pretrain stage: a model of any family from scratch on packed token shards."""
 
 import math
 from collections.abc import Callable
@@ -9,19 +9,17 @@ import torch
 from pydantic import Field, model_validator
 
 from headspring.artifacts.errors import UserError
-from headspring.artifacts.value import Value
 from headspring.data.batch import IGNORE, Batch, SampleSource
 from headspring.data.masking import MaskedSamples, Masking
 from headspring.data.mixture import Mixture
 from headspring.data.packing import PackedTokens
 from headspring.data.shards import TokenShards
-from headspring.models import Attention, Block, Causal, Decoder, Encoder, Full, RMSNorm, RoPE, SwiGLU, repeat, save_model
-from headspring.models.decoder import hidden_size
-from headspring.models.feedforward import FeedForward
-from headspring.models.mask import Mask
-from headspring.models.model import ModelModule
+from headspring.models import save_model
+from headspring.models.model import Model, ModelModule
+from headspring.models.ngram import NGram, NGramModule
 from headspring.tokenization.tokenizer import Tokenizer
-from headspring.training import distributed
+from headspring.training import counting, distributed
+from headspring.training.architectures import Architecture, Transformer
 from headspring.training.balancing import Balancing, balanced
 from headspring.training.callbacks import Validation
 from headspring.training.config import TrainConfig
@@ -31,45 +29,7 @@ from headspring.training.measure import matmul_flops
 from headspring.training.objective import NextToken, Objective, held_out_loss
 
 Measure = Callable[[], dict[str, float]]
-
-
-class Transformer(Value):
-    """A uniform stack by its few usual numbers; `decoder(vocab)` and `encoder(vocab)` are the full value trees.
-
-    `hidden` defaults to 8/3 of the width, which gives SwiGLU the parameters of a fourfold MLP; another `feedforward` takes
-    the place of SwiGLU ({kind: moe, experts: 8, top: 2, hidden: 192}).
-    """
-
-    kind: Literal["transformer"] = "transformer"
-    width: int = Field(256, gt=0)
-    depth: int = Field(6, gt=0)
-    heads: int = Field(4, gt=0)
-    kv_heads: int | None = Field(None, gt=0)
-    hidden: int | None = Field(None, gt=0)
-    feedforward: FeedForward | None = None
-    context: int = Field(512, gt=0)
-    theta: float = Field(10_000.0, gt=0)
-    qk_norm: bool = True
-    tied: bool = True
-
-    @model_validator(mode="after")
-    def _one_feedforward(self) -> "Transformer":
-        if self.hidden is not None and self.feedforward is not None:
-            raise ValueError("hidden is the width of the default SwiGLU: give it inside feedforward")
-        return self
-
-    def decoder(self, vocab: int) -> Decoder:
-        return Decoder(vocab=vocab, width=self.width, layers=self._layers(Causal()), context=self.context, tied=self.tied)
-
-    def encoder(self, vocab: int) -> Encoder:
-        """The same stack, seeing both ways."""
-        return Encoder(vocab=vocab, width=self.width, layers=self._layers(Full()), context=self.context, tied=self.tied)
-
-    def _layers(self, mask: Mask) -> tuple[Block, ...]:
-        qk_norm, position = RMSNorm() if self.qk_norm else None, RoPE(theta=self.theta)
-        attention = Attention(heads=self.heads, kv_heads=self.kv_heads, position=position, mask=mask, qk_norm=qk_norm)
-        feedforward = self.feedforward or SwiGLU(hidden=self.hidden or hidden_size(self.width))
-        return repeat(self.depth, Block(mixer=attention, feedforward=feedforward))
+ANY_VOCAB = 1024  # that of a model which is only looked at
 
 
 class PretrainConfig(TrainConfig):
@@ -79,7 +39,7 @@ class PretrainConfig(TrainConfig):
     how a mixture of experts is kept busy.
     """
 
-    model: Transformer = Transformer()
+    model: Architecture = Transformer()
     objective: Literal["next_token", "masked"] = "next_token"
     masking: Masking | None = None
     sequence_length: int | None = Field(None, gt=1)
@@ -94,8 +54,15 @@ class PretrainConfig(TrainConfig):
             raise ValueError("masking belongs to objective: masked; leave it out, or train an encoder")
         return self
 
-    def described(self, vocab: int) -> Decoder | Encoder:
-        """The model to train."""
+    @model_validator(mode="after")
+    def _model_can_be_built(self) -> "PretrainConfig":
+        """Sizes that do not fit together are found before a stage runs; tensors without memory cost next to nothing."""
+        with torch.device("meta"):
+            self.described(ANY_VOCAB).module()
+        return self
+
+    def described(self, vocab: int) -> Model:
+        """The model to train. Raises `UserError` where its family cannot have this objective."""
         return self.model.encoder(vocab) if self.objective == "masked" else self.model.decoder(vocab)
 
 
@@ -110,7 +77,7 @@ def pretrain(
     length = config.sequence_length or config.model.context
     if length > config.model.context:
         raise UserError(f"sequence_length ({length}) is longer than the model's context ({config.model.context})")
-    model = config.described(tokenizer.vocab_size).build(seed)
+    model = _begun(config.described(tokenizer.vocab_size), tokenizer).build(seed)
     samples = config.steps * config.batch_size
     packed = PackedTokens(shards, "train", length, config.mixture or Mixture(), seed, config.packing, samples)
     objective: Objective
@@ -121,26 +88,36 @@ def pretrain(
     else:
         objective, data, measure = NextToken(), packed, validation(model, shards, length, config)
     if distributed.rank() == 0:
-        for target in (folder / "initial",):
-            save_model(model, target)
-            tokenizer.save(target)
+        _save(model, tokenizer, folder / "initial")
     before = measure()
     objective, balancing = balanced(model, objective, config.balancing)
-    callbacks = [*balancing, Validation(measure, config.validate_every)]
-    result = train(model, objective, data, config, folder, callbacks, "pretrain")
+    if isinstance(model, NGramModule):
+        trained = counting.count(model, packed)
+    else:
+        callbacks = [*balancing, Validation(measure, config.validate_every)]
+        trained = train(model, objective, data, config, folder, callbacks, "pretrain").metrics()
     after = measure()
     if distributed.rank() == 0:
-        save_model(model, folder)
-        tokenizer.save(folder)
+        _save(model, tokenizer, folder)
     return {
         "parameters": model.num_parameters(),
         "active_parameters": model.ledger(length).active_parameters,
-        **result.metrics(),
+        **trained,
         "validation_before": before,
         "validation_after": after,
         "compute_dtype": config.precision,
         "mixture": packed.tree(),
     }
+
+
+def _begun(model: Model, tokenizer: Tokenizer) -> Model:
+    """What is counted knows the token that begins documents. Raises `UserError` where the tokenizer has none."""
+    return counting.begun(model, tokenizer.bos_id) if isinstance(model, NGram) else model
+
+
+def _save(model: ModelModule, tokenizer: Tokenizer, folder: Path) -> None:
+    save_model(model, folder)
+    tokenizer.save(folder)
 
 
 def _masked_validation(
@@ -173,18 +150,22 @@ def plan(config: PretrainConfig, vocab_size: int) -> dict[str, float]:
     length = config.sequence_length or config.model.context
     model = config.described(vocab_size).build()
     tokens = config.steps * config.batch_size * length
-    rows = min(config.batch_size, config.micro_batch_size or config.batch_size, 8)
-    ids = torch.randint(0, vocab_size, (rows, length))
-    masked = config.objective == "masked"
-    share = (config.masking or Masking()).share if masked else 1.0  # of tokens that need a row of logits
-    batch = Batch(ids, ids.where(torch.rand(ids.shape) < share, IGNORE))
-    seconds = measured_seconds(model, MaskedTokens() if masked else NextToken(), batch, config.precision)
-    flops = tokens * training_flops(model, length)
+    counted = model.config.counted
     return {
         "parameters": model.num_parameters(),
         "active_parameters": model.ledger(length).active_parameters,
         "tokens": tokens,
-        "flops": flops,
-        "seconds": seconds * tokens / ids.numel(),
+        "flops": 0.0 if counted else tokens * training_flops(model, length),
+        "seconds": tokens * (counting.SECONDS_PER_TOKEN if counted else _seconds_per_token(config, model, length)),
         "matmul_flops_per_second": matmul_flops(DTYPES[config.precision], "cpu", torch.get_num_threads()),
     }
+
+
+def _seconds_per_token(config: PretrainConfig, model: ModelModule, length: int) -> float:
+    """Of a forward and backward pass on random tokens."""
+    rows = min(config.batch_size, config.micro_batch_size or config.batch_size, 8)
+    ids = torch.randint(0, model.config.vocab, (rows, length))
+    masked = config.objective == "masked"
+    share = (config.masking or Masking()).share if masked else 1.0  # of tokens that need a row of logits
+    batch = Batch(ids, ids.where(torch.rand(ids.shape) < share, IGNORE))
+    return measured_seconds(model, MaskedTokens() if masked else NextToken(), batch, config.precision) / ids.numel()

@@ -50,7 +50,7 @@ def _explicit(value: Any, model: Model) -> Any:
     if not isinstance(value, dict):
         return value
     value = {key: _explicit(child, model) for key, child in value.items()}
-    if value.get("kind") == "attention":
+    if value.get("kind") in ("attention", "cross_attention"):
         value["kv_heads"] = value["kv_heads"] or value["heads"]
         value["head_dim"] = value["head_dim"] or model.width // value["heads"]
         value["scale"] = value["scale"] or value["head_dim"] ** -0.5

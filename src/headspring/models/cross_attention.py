@@ -1,0 +1,121 @@
+"""Attention from one sequence to another: a decoder's tokens ask, what an encoder read answers (arXiv 1706.03762, section 3.2.3).
+
+    x (B, T, D) asks, memory (B, M, D) answers → (B, T, D)
+
+Every query sees every token of the source, so that there is no mask but the padding of the source, and no position: what
+stands where, the encoder has written into its hidden states. Keys and values depend on the source alone; a `MemoryState`
+keeps them from the first call on, and each further token costs one query.
+
+Why a mixer of its own and not an option of `Attention`: it has neither mask nor position nor a cache that grows, which is
+most of what that file is about.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from headspring.models import kernels
+from headspring.models.attend import Scoring, attention, scored_pattern, weigh
+from headspring.models.context import Context, Visibility
+from headspring.models.mixer import Mixer, MixerModule
+from headspring.models.norm import Norm, NormModule, RMSNorm
+from headspring.models.part import Cost, Linear
+from headspring.models.state import LayerState, MemoryState
+
+SEEN = "what is seen of the memory"
+
+
+class CrossAttention(Mixer):
+    """`heads` query heads over `kv_heads` keys and values of the memory (default: as many). The fields mean what they do in
+    `Attention`; `qk_norm` normalises queries and keys."""
+
+    kind: Literal["cross_attention"] = "cross_attention"
+    heads: int = Field(4, gt=0)
+    kv_heads: int | None = Field(None, gt=0)
+    head_dim: int | None = Field(None, gt=0)
+    qk_norm: Norm | None = RMSNorm()
+    bias: bool = False
+    out_bias: bool = False
+    scale: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "CrossAttention":
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        return self
+
+    @property
+    def reads_memory(self) -> bool:
+        return True
+
+    def build(self, width: int) -> "CrossAttentionModule":
+        return CrossAttentionModule(self, width)
+
+
+class CrossAttentionModule(MixerModule):
+    """x (B, T, D) → (B, T, D), with a context that has a memory."""
+
+    site_names = ("q", "k", "v", "pattern", "heads", "out")
+    plain_sites = ("pattern",)
+
+    def __init__(self, value: CrossAttention, width: int):
+        super().__init__()
+        if value.head_dim is None and width % value.heads:
+            raise ValueError(f"width ({width}) must be a multiple of heads ({value.heads}), or head_dim be given")
+        self.scoring = Scoring(value.scale)
+        self.heads, self.kv_heads = value.heads, value.kv_heads or value.heads
+        self.channels = value.head_dim or width // value.heads
+        self.q = Linear(width, self.heads * self.channels, bias=value.bias)
+        self.k = Linear(width, self.kv_heads * self.channels, bias=value.bias)
+        self.v = Linear(width, self.kv_heads * self.channels, bias=value.bias)
+        self.out = Linear(self.heads * self.channels, width, bias=value.out_bias, std=0.0)
+        self.q_norm: NormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
+        self.k_norm: NormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
+
+    def prepare(self, context: Context) -> None:
+        mask = None if context.memory_mask is None else context.memory_mask[:, None, None, :]
+        context.once(SEEN, lambda: Visibility(mask, causal=False))
+
+    def forward(self, x: torch.Tensor, context: Context, state: LayerState | None = None) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, self.channels))
+        q = self.site("q", q if self.q_norm is None else self.q_norm(q)).transpose(1, 2)
+        k, v = self._memory(context, state)
+        k, v = self.site("k", k).transpose(1, 2), self.site("v", v).transpose(1, 2)
+        visible = context.prepared[SEEN]
+        if "pattern" in self.watched:
+            y = weigh(self.site("pattern", scored_pattern(q, k, visible, self.scoring)), v)
+        else:
+            y = attention(q, k, v, visible, self.scoring)
+        y = self.site("heads", y.transpose(1, 2))  # (B, T, H, C)
+        return self.site("out", self.out(y.flatten(2)))
+
+    def _memory(self, context: Context, state: LayerState | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the source, (B, M, K, C) each: worked out once where there is a state to keep them."""
+        assert state is None or isinstance(state, MemoryState)
+        if state is not None and state.keys is not None and state.values is not None:
+            return state.keys, state.values
+        assert context.memory is not None, "cross-attention without a memory to read"
+        mixed = kernels.linear(context.memory, (self.k.weight, self.v.weight), self._biases())
+        k, v = (part.unflatten(-1, (self.kv_heads, self.channels)) for part in mixed.chunk(2, dim=-1))
+        k = k if self.k_norm is None else self.k_norm(k)
+        if state is not None:
+            state.keys, state.values = k, v
+        return k, v
+
+    def _biases(self) -> list[torch.Tensor]:
+        return [part.bias for part in (self.k, self.v) if part.bias is not None]
+
+    def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MemoryState:
+        return MemoryState()
+
+    def cost(self, name: str, context_length: int) -> Cost:
+        """For each token of the decoder, beside a source that is as long: a source token's keys and values count as its."""
+        scores = Cost("pattern", 0, 4.0 * self.heads * self.channels * context_length, 2.0 * self.heads * self.channels)
+        parts = [self.q.cost("q"), self.k.cost("k"), self.v.cost("v"), scores, self.out.cost("out")]
+        for label, norm, heads in (("q_norm", self.q_norm, self.heads), ("k_norm", self.k_norm, self.kv_heads)):
+            if norm is not None:
+                one = norm.cost(label)
+                parts.append(Cost(label, one.parameters, one.flops * heads, one.activation_bytes * heads, 0.0, one.shape))
+        parts.append(Cost("cache", state_bytes=4.0 * self.kv_heads * self.channels))
+        return Cost.sum(name, tuple(parts), f"{self.heads} heads of {self.channels}, {self.kv_heads} key–value")
