@@ -19,7 +19,7 @@ TOLERANCE = 1e-5
 def streams(model) -> list[tuple[str, object]]:
     """The stacks of a model and how their sites begin; what answers to the tokens comes last."""
     if not model.config.reads_source:
-        return [("", model)]
+        return [("", getattr(model, "body", model))]
     return [("encoder.", model.encoder), ("decoder.", model.decoder)]
 
 

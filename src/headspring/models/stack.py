@@ -20,6 +20,7 @@ from headspring.models.mixer import Mixer
 from headspring.models.model import Model, ModelModule
 from headspring.models.norm import Norm, RMSNorm
 from headspring.models.part import Cost, Linear, ParameterRule, PartModule
+from headspring.models.soft_tokens import SoftTokens
 from headspring.models.state import Memory, State
 
 
@@ -97,9 +98,10 @@ class StackModule(ModelModule):
         padding: torch.Tensor | None = None,
         types: torch.Tensor | None = None,
         memory: Memory | None = None,
+        soft: SoftTokens | None = None,
     ) -> torch.Tensor:
         """As every model's; `types` (B, T) int64 where the embedding knows types of tokens (default: all of type 0);
-        `memory` is what the blocks with `cross` read."""
+        `memory` is what the blocks with `cross` read; `soft` are vectors for placeholders among the tokens."""
         time = tokens.shape[1]
         if state is not None:
             if types is not None:
@@ -114,7 +116,10 @@ class StackModule(ModelModule):
         if past + tokens.shape[1] > self.config.context:
             raise ValueError(f"{past + tokens.shape[1]} tokens are more than the model's context of {self.config.context}")
         context = self._context(tokens.shape[1], past, segments, padding, memory)
-        x = self.site("embed", self.embed(tokens, self.compute_dtype, context.positions, types))
+        x = self.embed(tokens, self.compute_dtype, context.positions, types)
+        if soft is not None:
+            x = soft.place(x, tokens if state is None else state.tokens, padding)
+        x = self.site("embed", x)
         for index, block in enumerate(self.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, context, use_reentrant=False)

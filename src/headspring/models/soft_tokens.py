@@ -1,0 +1,46 @@
+"""Soft tokens: vectors of the residual stream that stand where a prompt has placeholders.
+
+    tokens      <img> <img> <img> <img>  w  h  i  c  h …
+    stream      s₀    s₁    s₂    s₃     the embeddings of the words
+
+The k-th placeholder of a kind in a row takes the k-th vector that its tower made for that row. Which one that is follows
+from all the tokens of the row so far, so that a prompt may be cut anywhere, in the middle of a picture too, and a state that
+reads tokens again gives each its own vector again.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from headspring.artifacts.errors import UserError
+from headspring.models.state import Memory
+
+
+@dataclass(frozen=True)
+class SoftTokens(Memory):
+    """What the towers read: `hidden` (B, M, D), of which the columns `start … end − 1` of a span belong to the placeholder
+    with the id it names: `spans` are (id, start, end)."""
+
+    spans: tuple[tuple[int, int, int], ...] = ()
+
+    def select(self, rows: torch.Tensor) -> "SoftTokens":
+        return SoftTokens(self.hidden[rows], None, self.spans)
+
+    def place(self, x: torch.Tensor, tokens: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        """x (B, T, D), the embeddings of the last T of `tokens` (B, S), with soft tokens in the place of placeholders.
+
+        Raises `UserError` where a row has more placeholders than vectors.
+        """
+        for placeholder, start, end in self.spans:
+            here = tokens == placeholder
+            if padding is not None:  # what stands behind pads is nobody's picture
+                here = here & (torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None])
+            order = here.cumsum(1) - 1
+            if int(order.max()) >= end - start:
+                wanted = int(order.max()) + 1
+                raise UserError(
+                    f"a prompt has {wanted} placeholders {placeholder} for {end - start} vectors: give as many as fit"
+                )
+            index = (start + order.clamp(min=0))[:, -x.shape[1] :, None].expand(-1, -1, x.shape[-1])
+            x = torch.where(here[:, -x.shape[1] :, None], self.hidden.to(x.dtype).gather(1, index), x)
+        return x
