@@ -95,7 +95,7 @@ def overfits_one_batch(model):
                       schedule=WarmupStableDecay())  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         result = loop.train(student, *lesson(model, distinct=4), settings, Path(place))
-    assert result.loss < 0.1, f"loss {result.loss:.3f} after {result.steps} steps on one batch"
+    assert result.loss < 0.2, f"loss {result.loss:.3f} after {result.steps} steps on one batch"
 
 
 def resume_is_bitwise(model):

@@ -19,6 +19,8 @@ from headspring.models.mamba2 import Mamba2
 from headspring.models.mask import Causal, Full, LocalGlobal, Strided
 from headspring.models.mla import MLA
 from headspring.models.moe import MoE
+from headspring.models.neural_ngram import NeuralNGram
+from headspring.models.ngram import NGram
 from headspring.models.norm import LayerNorm, RMSNorm
 from headspring.models.position import (
     ALiBi,
@@ -34,12 +36,16 @@ from headspring.models.position import (
     T5Bias,
     YaRN,
 )
+from headspring.models.recurrent import GRU, LSTM, RNN
 from headspring.models.routing import SigmoidRouter, SoftmaxRouter
 
 __all__ = [
     "GPT2",
+    "GRU",
+    "LSTM",
     "MLA",
     "MLP",
+    "RNN",
     "ALiBi",
     "Attention",
     "Block",
@@ -72,6 +78,8 @@ __all__ = [
     "Mamba2",
     "MoE",
     "MuP",
+    "NGram",
+    "NeuralNGram",
     "NoPE",
     "RMSNorm",
     "RoPE",

@@ -9,8 +9,8 @@
 
 A head reads the hidden states that the model returns, so that the main path has no branch in it. A value or a class needs
 no more than a row of weights for each number. Tokens further ahead need a block each: *chained* ones (DeepSeek-V3, arXiv
-2412.19437, section 2.2) read the true tokens in between, h′ₖ = block(W [norm(h′ₖ₋₁) ; norm(emb(t₊ₖ))]), and keep the causal chain
-whole; *parallel* ones (arXiv 2404.19737) read the hidden state alone, and can be asked all at once.
+2412.19437, section 2.2) read the true tokens in between, h′ₖ = block(W [norm(h′ₖ₋₁) ; norm(emb(t₊ₖ))]), and keep the causal
+chain whole; *parallel* ones (arXiv 2404.19737) read the hidden state alone, and can be asked all at once.
 
 What it gives up: the blocks of `MultiToken` keep no state. `draft` reads the whole prefix again through them, which is one
 block against the many of the model.
