@@ -1,13 +1,13 @@
 """The history of the field in one table: every family at equal parameters and equal tokens, on the text that Python ships.
 
-    python benchmarks/families.py [--steps 300 --seeds 3 --families lstm mamba --minutes 15]
+    python benchmarks/families.py [--steps 200 --seeds 3 --families lstm mamba --minutes 15]
 
 Each row is the pretrain stage itself (`headspring.training.pretrain`): the same samples in the same order, tokenizer, loop
 and optimizer; only `pretrain.model` differs, whose width is searched so that it has about `--parameters` of them. The n-gram
 model is counted over the same samples and has as many numbers as it has seen n-grams.
 
-Reported: bits per byte of the same held-out documents (of encoders, nats a hidden token: what they guess is seen from both sides,
-which is no compression), tokens/s in training and in generation (one text at a time), the highest memory of the process
+Reported: bits per byte of the same held-out documents (of encoders, nats a hidden token: what they guess is seen from both
+sides, which is no compression), tokens/s in training and in generation (one text at a time), the highest memory of the process
 above what it had before, and the bytes of state. A row runs in a process of its own, with one thread.
 
 The file of results grows by one row at a time, all families of a seed before the next seed; rows that are there are not made
@@ -17,17 +17,26 @@ again, so that the benchmark can be run in pieces. `--draw` makes table and plot
 import argparse
 import json
 import multiprocessing
+import multiprocessing.connection
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-SHAPE = ("steps", "batch", "length", "vocab", "parameters", "rate")  # rows of other settings are not comparable
+SHAPE = (
+    "steps",
+    "batch",
+    "length",
+    "vocab",
+    "parameters",
+    "optimizer",
+    "precision",
+)  # rows of other settings are not comparable
 BEGIN, END = "<!-- results of benchmarks/families.py -->", "<!-- end of results -->"
 PROMPT = "def read_file(path):\n    "
 
@@ -103,8 +112,8 @@ def config_of(name: str, options: argparse.Namespace):
     from headspring.training.pretrain import PretrainConfig
 
     settings = {"model": sized(name, options), "steps": options.steps, "batch_size": options.batch, "compile": "never"}
-    settings |= {"optimizer": {"kind": "adamw", "learning_rate": options.rate}, "validate_every": 10**6}
-    settings |= {"checkpoint_every": 10**6, "validation_samples": 256, "spike": 1000.0}
+    settings |= {"optimizer": {"kind": options.optimizer}, "validate_every": 10**6}
+    settings |= {"precision": options.precision, "checkpoint_every": 10**6, "validation_samples": 128, "spike": 1000.0}
     if name == MASKED:
         settings["objective"] = "masked"
     return PretrainConfig.model_validate(settings)
@@ -145,29 +154,47 @@ def generation_speed(lm: Any, options: argparse.Namespace) -> float:
     for _ in range(2):
         started = time.perf_counter()
         made = lm.generate([PROMPT], **wanted)[0]
-        best = max(best, len(made.ids) / (time.perf_counter() - started))
+        best = max(best, len(made.token_ids) / (time.perf_counter() - started))
     return best
 
 
-def in_a_process(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a fork of this process, which has imported everything and computed nothing."""
-    ours, theirs = multiprocessing.get_context("fork").Pipe()
+def begin(name: str, seed: int, options: argparse.Namespace) -> tuple[Any, Any]:
+    """`measure` in a fork of this process, which has imported everything and computed nothing; and where its row arrives."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
 
     def work() -> None:
+        ours.close()
         try:
             theirs.send(measure(name, seed, options))
         except Exception as error:
             theirs.send({"family": name, "seed": seed, "failed": f"{type(error).__name__}: {error}"[:300]})
 
-    process = multiprocessing.get_context("fork").Process(target=work)
+    process = fork.Process(target=work)
     process.start()
     theirs.close()
-    try:
-        row = ours.recv()
-    except EOFError:
-        row = {"family": name, "seed": seed, "failed": "the process ended without a word"}
-    process.join()
-    return row
+    return process, ours
+
+
+def rows_of(wanted: list[tuple[str, int]], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows as they are finished, `--jobs` at a time; none is begun after `--minutes`."""
+    started, running, waiting = time.monotonic(), {}, list(wanted)
+    while waiting or running:
+        late = options.minutes is not None and time.monotonic() - started > 60 * options.minutes
+        if late and waiting:
+            print("out of time; the same command goes on from here", flush=True)
+            waiting.clear()
+        while waiting and len(running) < options.jobs:
+            process, pipe = begin(*waiting[0], options)
+            running[pipe] = process, *waiting.pop(0)
+        for pipe in multiprocessing.connection.wait(list(running)):
+            process, name, seed = running.pop(pipe)
+            try:
+                row = pipe.recv()
+            except EOFError:
+                row = {"family": name, "seed": seed, "failed": "the process ended without a word"}
+            process.join()
+            yield row
 
 
 # ---- what is there
@@ -233,7 +260,9 @@ def table(results: dict[str, Any]) -> str:
         )
     settings = results["settings"]
     tokens = settings["steps"] * settings["batch"] * settings["length"]
-    caption = f"{tokens:,} tokens of training, sequences of {settings['length']}, one thread; ± is the standard deviation over seeds."
+    caption = (
+        f"{tokens:,} tokens of training, sequences of {settings['length']}, one thread; ± is the deviation over seeds."
+    )
     return "\n".join([*lines, "", caption])
 
 
@@ -284,10 +313,12 @@ def publish(results: dict[str, Any], options: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES, metavar="NAME")
-    for key, default in (("seeds", 3), ("steps", 300), ("batch", 8), ("length", 256), ("vocab", 1024), ("parameters", 10**6)):
+    for key, default in (("seeds", 3), ("steps", 200), ("batch", 4), ("length", 256), ("vocab", 1024), ("parameters", 10**6)):
         parser.add_argument(f"--{key}", type=int, default=default)
-    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of AdamW")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="with its default rates")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of activations")
     parser.add_argument("--minutes", type=float, help="begin no row after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time; no more than there are idle cores")
     parser.add_argument("--draw", action="store_true", help="only table and plot")
     parser.add_argument("--work", type=Path, default=Path("runs/families"), help="folder of the corpus and its tokens")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "families.json")
@@ -307,17 +338,13 @@ def main() -> None:
         prepare(options)
     wanted = [(name, seed) for seed in range(options.seeds) for name in options.families]
     done = {(row["family"], row["seed"]) for row in results["rows"] if "failed" not in row}
-    for name, seed in () if options.draw else [row for row in wanted if row not in done]:
-        if options.minutes is not None and time.monotonic() - started > 60 * options.minutes:
-            print("out of time; the same command goes on from here", flush=True)
-            break
-        begun = time.monotonic()
-        row = in_a_process(name, seed, options)
-        results["rows"] = [old for old in results["rows"] if (old["family"], old["seed"]) != (name, seed)] + [row]
+    for row in rows_of([] if options.draw else [pair for pair in wanted if pair not in done], options):
+        same = [old for old in results["rows"] if (old["family"], old["seed"]) == (row["family"], row["seed"])]
+        results["rows"] = [old for old in results["rows"] if old not in same] + [row]
         write_json(options.out, results)
         shown = row.get("failed") or f"{row.get('bits_per_byte', row['loss']):.3f}"
         speed = f"{row.get('training_tokens_per_second', 0):,.0f} tokens/s"
-        print(f"{name:22} seed {seed}  {shown}  {speed}  {time.monotonic() - begun:.1f} s", flush=True)
+        print(f"{row['family']:22} seed {row['seed']}  {shown}  {speed}  {time.monotonic() - started:.0f} s", flush=True)
     publish(results, options)
 
 

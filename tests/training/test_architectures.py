@@ -8,7 +8,6 @@ import torch
 
 from headspring.artifacts import UserError
 from headspring.data.packing import PackedTokens
-from headspring.data.shards import TokenShards
 from headspring.inference.language_model import LanguageModel
 from headspring.line.plan import plan
 from headspring.line.recipe import load_recipe
@@ -27,7 +26,7 @@ RECIPE = """recipe: families
 data:
   sources: {{topics: {{kind: topics, max_documents: 60}}}}
   split: {{validation: 0.1, test: 0.1}}
-tokenizer: {{vocab_size: 400, mask: true}}
+tokenizer: {{vocab_size: 400, mask: true, sentinels: 4}}
 tokens:
 pretrain:
   model: {model}
@@ -63,7 +62,7 @@ def prepared(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", sorted(Architecture.kinds))
 def test_a_recipe_trains_it_and_it_writes(kind, prepared, tmp_path):
-    objective = "masked" if kind == "encoder" else "next_token"
+    objective = {"encoder": "masked", "encoder_decoder": "spans", "vaswani": "spans"}.get(kind, "next_token")
     path = tmp_path / "families.yaml"
     path.write_text(RECIPE.format(model=small(kind), objective=objective))
     settings = load_recipe(path).step("pretrain").config
@@ -99,7 +98,10 @@ def test_every_family_is_a_tree_without_its_vocabulary(name):
         ("{kind: lstm, dept: 3}", "pretrain.model.dept: unknown key; did you mean 'depth'?"),
         ("{kind: lstn}", "pretrain.model: no kind 'lstn'; the nearest are: lstm"),
         ("{feedforward: {kind: moe, expert: 3}}", "pretrain.model.feedforward.expert: unknown key; did you mean 'experts'?"),
-        ("{kind: decoder, width: 8, layers: [{mixer: {kind: mamba, stat: 2}}]}", "mixer.stat: unknown key; did you mean 'state'"),
+        (
+            "{kind: decoder, width: 8, layers: [{mixer: {kind: mamba, stat: 2}}]}",
+            "stat: unknown key; did you mean 'state'",
+        ),
         ("{kind: hybrid, pattern: XA}", "pattern 'XA' uses ['X']"),
         ("{width: 30}", "width (30) must be a multiple of heads (4)"),
         ("{kind: lstm, context: 0}", "pretrain.model.context: input should be greater than 0"),
@@ -115,7 +117,9 @@ def test_mistakes_are_named_with_their_line(model, message, tmp_path):
     assert f"families.yaml:{line}: " in str(caught.value)
 
 
-@pytest.mark.parametrize(("kind", "objective", "message"), [("lstm", "masked", "reads one way"), ("encoder", "next_token", "sees both")])
+@pytest.mark.parametrize(
+    ("kind", "objective", "message"), [("lstm", "masked", "reads one way"), ("encoder", "next_token", "sees both")]
+)
 def test_a_family_that_cannot_have_the_objective_is_refused(kind, objective, message):
     with pytest.raises(UserError, match=message):
         PretrainConfig(model=small(kind), objective=objective)

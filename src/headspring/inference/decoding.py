@@ -27,7 +27,7 @@ IDLE_SHARE = 0.25  # of a batch's rows, at which finished ones are dropped
 
 def in_batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
     """Batches of requests of similar length, the longest first (what does not fit in memory shows at once)."""
-    ordered = sorted(requests, key=lambda request: (len(request.prompt), request.new_tokens), reverse=True)
+    ordered = sorted(requests, key=lambda request: (len(request.asked), request.new_tokens), reverse=True)
     for start in range(0, len(ordered), batch_size):
         yield ordered[start : start + batch_size]
 
@@ -50,11 +50,13 @@ def _decode_until_full(model: ModelModule, live: list[Request], tokenizer: Token
     Padding can fill the columns of a short row before its own context ends. The caller then starts it again, from its
     prompt and answer so far, with less padding: one more prefill, and no row's answer depends on its neighbours."""
     rows = _Rows(live, model, tokenizer)
-    prompts, copies = distinct([request.prompt + request.token_ids for request in live])
+    asked, copies = distinct([(request.source, request.prompt + request.token_ids) for request in live])
+    prompts = [prompt for _, prompt in asked]
     tokens, padding = pad_left(prompts, tokenizer.pad_id or 0)
     state = model.new_state(len(prompts), tokens.shape[1] + max(request.remaining for request in live) - 1)
     padding = None if padding is None else padding.to(model.device)
-    hidden = model(tokens.to(model.device), state=state, padding=padding)[:, -1]
+    given = _given([source for source, _ in asked], tokenizer.pad_id or 0, model.device)
+    hidden = model(tokens.to(model.device), state=state, padding=padding, **given)[:, -1]
     if len(prompts) < len(live):
         copies = copies.to(model.device)
         state.select(copies)
@@ -72,11 +74,23 @@ def _decode_until_full(model: ModelModule, live: list[Request], tokenizer: Token
         hidden = model(ids[:, None], state=state)[:, -1]
 
 
-def distinct(prompts: Sequence[list[int]]) -> tuple[list[list[int]], Tensor]:
-    """The different ones among B prompts, in order of their first place, and which of them each is, (B,) int64."""
-    numbers: dict[tuple[int, ...], int] = {}
-    which = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
-    return [list(prompt) for prompt in numbers], torch.tensor(which)
+def _given(sources: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """What a model's forward takes beside the prompts; nothing where no encoder reads."""
+    if not sources[0]:
+        return {}
+    source, padding = pad_left(sources, pad_id)
+    given = {"source": source, "source_padding": padding}
+    return {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
+
+
+Asked = tuple[list[int], list[int]]  # source and prompt
+
+
+def distinct(asked: Sequence[Asked]) -> tuple[list[Asked], Tensor]:
+    """The different ones among B requests, in order of their first place, and which of them each is, (B,) int64."""
+    numbers: dict[tuple[tuple[int, ...], ...], int] = {}
+    which = [numbers.setdefault(tuple(map(tuple, one)), len(numbers)) for one in asked]
+    return [(list(source), list(prompt)) for source, prompt in numbers], torch.tensor(which)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:

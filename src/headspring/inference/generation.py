@@ -23,7 +23,8 @@ class Generation:
     `token_ids` are the sampled ids, with the stop token that ended them, if one did; `text` is without it and ends
     before a stop string. `logprobs[i]` is the natural log-probability of `token_ids[i]` under the model itself, before
     temperature, penalty and filters; `top_logprobs[i]` maps the most likely ids to theirs, where asked for.
-    `finish_reason`: "stop" for a stop token or string, "length" for `max_tokens` or the end of the context."""
+    `finish_reason`: "stop" for a stop token or string, "length" for `max_tokens` or the end of the context.
+    `prompt_token_ids` are those of the source where an encoder–decoder answers."""
 
     text: str
     token_ids: list[int]
@@ -49,13 +50,15 @@ class Request:
         end_ids: Iterable[int] = (),
         answer: int = 0,
         incremental: bool = False,
+        source: Iterable[int] = (),
     ):
-        """Answer number `answer` to `prompt`, which must be shorter than `context`."""
+        """Answer number `answer` to `prompt`, which must be shorter than `context`. `source` is what an encoder reads."""
         self.prompt, self.params, self.incremental = prompt, params, incremental
+        self.source = list(source)
         self.new_tokens = min(params.max_tokens, context - len(prompt))
         assert self.new_tokens > 0
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(end_ids))
-        self.uniforms = uniform_numbers(params, prompt, answer, self.new_tokens)
+        self.uniforms = uniform_numbers(params, self.asked, answer, self.new_tokens)
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] = []
@@ -63,6 +66,11 @@ class Request:
         self.piece = ""
         self._stream = TextStream(tokenizer, params.stop)
         self._decoded = 0  # tokens already given to the stream
+
+    @property
+    def asked(self) -> list[int]:
+        """What is answered: the source, where there is one."""
+        return self.source or self.prompt
 
     @property
     def remaining(self) -> int:
@@ -106,7 +114,7 @@ class Request:
             self._decode(may_stop=False)
             self._stream.finish()
         top = None if self.params.logprobs is None else self.top_logprobs
-        return Generation(self._stream.text, self.token_ids, self.logprobs, self.finish_reason, self.prompt, top)
+        return Generation(self._stream.text, self.token_ids, self.logprobs, self.finish_reason, self.asked, top)
 
 
 def uniform_numbers(params: SamplingParams, prompt: list[int], answer: int, count: int) -> Tensor:

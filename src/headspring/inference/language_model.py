@@ -23,7 +23,7 @@ from headspring.inference.embeddings import embed, read_pooling, write_pooling
 from headspring.inference.generation import Generation, Request
 from headspring.inference.loading import BASE_KINDS, choose_device, choose_dtype, download, find, read_model
 from headspring.inference.sampling import SamplingParams
-from headspring.models import save_model, scoring
+from headspring.models import EncoderDecoder, save_model, scoring
 from headspring.models.dialects import export_huggingface, expresses
 from headspring.models.model import ModelModule
 from headspring.models.pooling import Pooling
@@ -106,7 +106,7 @@ class LanguageModel:
     ) -> list[Generation]:
         """Continue one or many prompts (text, or token ids used as they are). `sampling`: the fields of
         `SamplingParams`; or else `params`, one for all or one for each prompt. Returns `n` answers for each prompt,
-        side by side, in the order of the prompts.
+        side by side, in the order of the prompts. An encoder–decoder reads each prompt as its source and writes an answer.
 
         At most `batch_size` rows run together. `progress` names a bar that shows how many are done. Raises
         `UserError` for a prompt that fills the context; an answer that reaches the context's end stops there, with
@@ -139,9 +139,13 @@ class LanguageModel:
         return self._stream(self.chat_ids(messages), SamplingParams.of(**sampling))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """A prompt as the model reads it: text behind one `<|bos|>` where its tokenizer adds one; ids as they are."""
+        """A prompt as the model reads it: text behind one `<|bos|>` where its tokenizer adds one; ids as they are. What an
+        encoder reads is a whole text, with what its tokenizer puts before and after one."""
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
+        if self.model.config.reads_source:
+            before, after = self.tokenizer.frame
+            return before + self.tokenizer.encode(prompt) + after
         bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
         return ([] if bos is None else [bos]) + self.tokenizer.encode(prompt)
 
@@ -180,12 +184,25 @@ class LanguageModel:
         self.require_causal()
         if not prompt:
             raise UserError("the prompt is empty, and the tokenizer has no <|bos|> to begin with; give a token")
+        source: list[int] = []
+        self._check([*prompt, *params.stop_token_ids])
+        if isinstance(value := self.model.config, EncoderDecoder):
+            source, prompt = prompt, [value.start]
+            if len(source) > value.encoder.context:
+                limit = value.encoder.context
+                raise UserError(f"the source has {len(source)} tokens, and the encoder reads {limit}; shorten it")
         if len(prompt) >= self.context:
             raise UserError(f"the prompt has {len(prompt)} tokens and the model's context {self.context}; shorten it")
-        self._check([*prompt, *params.stop_token_ids])
         ends = [end for end in (self.tokenizer.eos_id, self.tokenizer.end_id) if end is not None]
         return Request(
-            self.tokenizer, prompt, params, context=self.context, end_ids=ends, answer=answer, incremental=incremental
+            self.tokenizer,
+            prompt,
+            params,
+            context=self.context,
+            end_ids=ends,
+            answer=answer,
+            incremental=incremental,
+            source=source,
         )
 
     def require_causal(self) -> None:

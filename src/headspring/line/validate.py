@@ -88,8 +88,8 @@ def _valid_keys(config: type[BaseModel], location: Sequence[str | int], values: 
     reached: list[Any] = [config]
     for key in location:
         reached = [below for annotation in reached for below in _step(annotation, key)] or reached
-        if isinstance(values, Mapping | list) and _places([key], values, ""):
-            values = values[key]  # type: ignore[call-overload]
+        if _places([key], values, ""):
+            values = values[key]
         reached = [chosen for annotation in reached for chosen in _chosen(annotation, values)]
     return [name for annotation in reached for model in _models(annotation) for name in _names(model)]
 
@@ -99,8 +99,10 @@ def _chosen(annotation: Any, values: Any) -> Iterator[Any]:
     for part in _alternatives(annotation):
         kinds = part.kinds if isinstance(part, type) and issubclass(part, Variant) else {}
         said = values.get("kind", part.default_kind) if kinds and isinstance(values, Mapping) else None
-        if said in kinds or not kinds:
-            yield kinds.get(said, part)
+        if not kinds:
+            yield part
+        elif said in kinds:
+            yield kinds[str(said)]
 
 
 def _step(annotation: Any, key: str | int) -> Iterator[Any]:

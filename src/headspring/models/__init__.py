@@ -1,17 +1,20 @@
 """Models: a typed tree of values that builds one `torch.nn.Module`, for training, serving and inspection alike."""
 
 from headspring.models.attention import Attention
+from headspring.models.audio import Sound
 from headspring.models.block import Block, Branch, pattern, repeat
 from headspring.models.chosen import Hashed, Routed
 from headspring.models.cross_attention import CrossAttention
 from headspring.models.decoder import Decoder
 from headspring.models.delta import GatedDelta
+from headspring.models.early_exit import exit_after
 from headspring.models.embedding import Embed, Head
 from headspring.models.encoder import Encoder
 from headspring.models.encoder_decoder import EncoderDecoder
 from headspring.models.feedforward import MLP, Gated, SwiGLU
 from headspring.models.folder import load_model, save_model
 from headspring.models.gated_linear import GatedLinear
+from headspring.models.heads import Classifier, Headed, MultiToken, ValueHead
 from headspring.models.initialisation import GPT2, DeepNorm, FanIn, MuP, ZeroOutput, deepnorm, mup
 from headspring.models.linear_attention import EluPlusOne, Favor, LinearAttention
 from headspring.models.mamba import Mamba
@@ -19,6 +22,7 @@ from headspring.models.mamba2 import Mamba2
 from headspring.models.mask import Causal, Full, LocalGlobal, Strided
 from headspring.models.mla import MLA
 from headspring.models.moe import MoE
+from headspring.models.multimodal import Multimodal
 from headspring.models.neural_ngram import NeuralNGram
 from headspring.models.ngram import NGram
 from headspring.models.norm import LayerNorm, RMSNorm
@@ -38,6 +42,7 @@ from headspring.models.position import (
 )
 from headspring.models.recurrent import GRU, LSTM, RNN
 from headspring.models.routing import SigmoidRouter, SoftmaxRouter
+from headspring.models.vision import Vision
 
 __all__ = [
     "GPT2",
@@ -51,6 +56,7 @@ __all__ = [
     "Block",
     "Branch",
     "Causal",
+    "Classifier",
     "CrossAttention",
     "Decoder",
     "DeepNorm",
@@ -67,6 +73,7 @@ __all__ = [
     "GatedLinear",
     "Hashed",
     "Head",
+    "Headed",
     "LayerNorm",
     "Learned",
     "Linear",
@@ -78,6 +85,8 @@ __all__ = [
     "Mamba2",
     "MoE",
     "MuP",
+    "MultiToken",
+    "Multimodal",
     "NGram",
     "NeuralNGram",
     "NoPE",
@@ -88,12 +97,16 @@ __all__ = [
     "SigmoidRouter",
     "Sinusoidal",
     "SoftmaxRouter",
+    "Sound",
     "Strided",
     "SwiGLU",
     "T5Bias",
+    "ValueHead",
+    "Vision",
     "YaRN",
     "ZeroOutput",
     "deepnorm",
+    "exit_after",
     "load_model",
     "mup",
     "pattern",

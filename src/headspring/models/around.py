@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from headspring.models.model import Model, ModelModule
@@ -29,6 +30,13 @@ def with_sizes_of(value: Any, name: str) -> Any:
         if value.get(size, getattr(inner, size)) != getattr(inner, size):
             raise ValueError(f"{size} ({value[size]}) is that of {name} ({getattr(inner, size)}); leave it out")
     return {size: getattr(inner, size) for size in SIZES} | value | {name: inner}
+
+
+class Around(Model):
+    """A value whose sizes are those of the model inside, which its subclasses fill in by `with_sizes_of`."""
+
+    vocab: int = Field(0, gt=0)
+    width: int = Field(0, gt=0)
 
 
 class AroundModule(ModelModule):

@@ -72,7 +72,8 @@ class Block(Value):
         if self.mixer.f.reads_memory:
             raise ValueError(f"{self.mixer.f.kind!r} reads another sequence: give it as cross, beside a mixer of the tokens")
         if self.cross is not None and not (isinstance(self.cross.f, Mixer) and self.cross.f.reads_memory):
-            raise ValueError(f"cross cannot be of kind {self.cross.f.kind!r}, which does not read an encoder; use cross_attention")
+            kind = self.cross.f.kind
+            raise ValueError(f"cross cannot be of kind {kind!r}, which does not read an encoder; use cross_attention")
         if self.cross is not None and self.parallel:
             raise ValueError("a parallel block has no cross: what to ask the encoder is known after the mixer")
         if self.feedforward is not None and not isinstance(self.feedforward.f, FeedForward):

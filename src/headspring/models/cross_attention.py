@@ -1,4 +1,4 @@
-"""Attention from one sequence to another: a decoder's tokens ask, what an encoder read answers (arXiv 1706.03762, section 3.2.3).
+"""Attention from one sequence to another: a decoder's tokens ask, what an encoder read answers (arXiv 1706.03762, 3.2.3).
 
     x (B, T, D) asks, memory (B, M, D) answers → (B, T, D)
 
@@ -105,9 +105,6 @@ class CrossAttentionModule(MixerModule):
 
     def _biases(self) -> list[torch.Tensor]:
         return [part.bias for part in (self.k, self.v) if part.bias is not None]
-
-    def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MemoryState:
-        return MemoryState()
 
     def cost(self, name: str, context_length: int) -> Cost:
         """For each token of the decoder, beside a source that is as long: a source token's keys and values count as its."""

@@ -35,6 +35,8 @@ class EncoderDecoder(Model):
     need not be given. With `shared` both sides have one table of embeddings. Each answer begins with the token `start`."""
 
     kind: Literal["encoder_decoder"] = "encoder_decoder"
+    vocab: int = Field(0, gt=0)  # never the default: `_is_its_decoder` fills it in
+    width: int = Field(0, gt=0)
     encoder: Encoder
     decoder: Decoder
     shared: bool = True
@@ -52,7 +54,8 @@ class EncoderDecoder(Model):
     def _fits_together(self) -> "EncoderDecoder":
         for name in OF_DECODER:
             if getattr(self, name) != getattr(self.decoder, name):
-                raise ValueError(f"{name} ({getattr(self, name)}) is the decoder's ({getattr(self.decoder, name)}); leave it out")
+                decoder = getattr(self.decoder, name)
+                raise ValueError(f"{name} ({getattr(self, name)}) is the decoder's ({decoder}); leave it out")
         if self.encoder.width != self.width:
             raise ValueError(f"the encoder's width ({self.encoder.width}) must be the decoder's ({self.width})")
         if self.encoder.head is not None or self.encoder.pooler:

@@ -17,6 +17,7 @@ block against the many of the model.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from torch import nn
 
 from headspring.artifacts.errors import UserError
 from headspring.artifacts.value import Variant
-from headspring.models.around import AroundModule, with_sizes_of
+from headspring.models.around import Around, AroundModule, with_sizes_of
 from headspring.models.block import Block, BlockModule
 from headspring.models.context import Context
 from headspring.models.embedding import Table
@@ -191,8 +192,8 @@ class StepAhead(PartModule):
 
 
 class MultiTokenModule(ExtraHeadModule):
-    """`foresee` for training, `draft` for guessing ahead of the model. The head's product with the vocabulary is the body's
-    and is counted there."""
+    """`foresee` for training, `draft` for guessing ahead of the model. Its products with the vocabulary use the body's matrix;
+    the model that has both counts them."""
 
     def __init__(self, value: MultiToken, width: int):
         super().__init__()
@@ -249,13 +250,18 @@ class MultiTokenModule(ExtraHeadModule):
 
     def cost(self, name: str, context_length: int) -> Cost:
         steps = [step.cost(f"steps.{i}", context_length) for i, step in enumerate(self.steps)]  # type: ignore[operator]
-        return Cost.sum(name, tuple(steps))
+        return _without_state(Cost.sum(name, tuple(steps)))
+
+
+def _without_state(cost: Cost) -> Cost:
+    """The same for a part that reads whole prefixes and remembers nothing."""
+    return replace(cost, state_bytes=0.0, fixed_state_bytes=0.0, children=tuple(map(_without_state, cost.children)))
 
 
 # ---- a model with heads
 
 
-class Headed(Model):
+class Headed(Around):
     """`body` with `heads` by name. `vocab`, `width` and `context` are the body's and need not be given."""
 
     kind: Literal["headed"] = "headed"
@@ -321,14 +327,23 @@ class HeadedModule(AroundModule):
         return find_head(self, MultiTokenModule).draft(self.body, hidden, tokens, padding)
 
     def ledger(self, context_length: int | None = None) -> Cost:
+        """Of a pass in which every head is asked, as in training."""
         body, length = self.body.ledger(context_length), context_length or self.config.context
-        heads = [head.cost(f"heads.{name}", length) for name, head in self.heads.items()]  # type: ignore[operator]
-        return Cost.sum(self.config.kind, (*body.children, *heads))
+        parts = list(body.children)
+        for name, head in self.heads.items():
+            assert isinstance(head, ExtraHeadModule)
+            parts.append(head.cost(f"heads.{name}", length))
+            if isinstance(head, MultiTokenModule) and self.output_weight is not None:
+                product = 2.0 * head.value.ahead * self.output_weight.numel()
+                parts.append(
+                    Cost(f"heads.{name}.logits", 0, product, 2.0 * head.value.ahead * self.config.width, shape="shared")
+                )
+        return Cost.sum(self.config.kind, tuple(parts))
 
 
 def find_head(model: ModelModule, kind: type[H], name: str | None = None) -> H:
     """The head of a kind, by its name where the model has several. Raises `UserError` where there is none."""
-    heads = model.heads if isinstance(model, HeadedModule) else {}
+    heads: dict[str, nn.Module] = dict(model.heads.items()) if isinstance(model, HeadedModule) else {}
     found = {key: head for key, head in heads.items() if isinstance(head, kind) and name in (None, key)}
     if len(found) != 1:
         wanted = kind.__name__.removesuffix("Module")

@@ -67,6 +67,7 @@ class NeuralNGramModule(MixerModule):
 
     def cost(self, name: str, context_length: int) -> Cost:
         parts = [self.input.cost("input"), Cost("act", 0, self.value.hidden, 2.0 * self.value.hidden), self.out.cost("out")]
+        parts.append(Cost("state", fixed_state_bytes=2.0 * (self.seen - 1) * self.width))
         if self.direct is not None:
             parts.append(self.direct.cost("direct"))
         return Cost.sum(name, tuple(parts), f"{self.seen} tokens, {self.value.hidden} channels")

@@ -221,7 +221,8 @@ class RecurrentModule(MixerModule):
         size = self.value.gates * self.hidden
         recur = Cost("memory", size * self.hidden + size, 2.0 * size * self.hidden, 2.0 * size, 0.0, f"{self.hidden} → {size}")
         gates = Cost("gates", 0, (8.0 if self.value.gates > 1 else 1.0) * self.hidden, 2.0 * 2 * self.hidden)
-        parts = [self.input.cost("input"), recur, gates]
+        kept = Cost("state", fixed_state_bytes=4.0 * self.hidden * len(self.value.memories))
+        parts = [self.input.cost("input"), recur, gates, kept]
         if self.out is not None:
             parts.append(self.out.cost("out"))
         return Cost.sum(name, tuple(parts), f"{self.value.kind} of {self.hidden}")

@@ -37,10 +37,8 @@ class SoftTokens(Memory):
                 here = here & (torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None])
             order = here.cumsum(1) - 1
             if int(order.max()) >= end - start:
-                wanted = int(order.max()) + 1
-                raise UserError(
-                    f"a prompt has {wanted} placeholders {placeholder} for {end - start} vectors: give as many as fit"
-                )
+                more = f"{int(order.max()) + 1} placeholders (token {placeholder}) for {end - start} vectors"
+                raise UserError(f"a prompt has {more}: every picture or sound takes exactly as many as its tower makes")
             index = (start + order.clamp(min=0))[:, -x.shape[1] :, None].expand(-1, -1, x.shape[-1])
             x = torch.where(here[:, -x.shape[1] :, None], self.hidden.to(x.dtype).gather(1, index), x)
         return x

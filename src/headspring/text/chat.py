@@ -17,6 +17,7 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 CONTROL_TOKENS = (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END)
 MASK = "<|mask|>"  # stands for a hidden token; only in vocabularies made for encoders
+SENTINEL = "<|span_{}|>"  # stands for a span that was taken out; only in vocabularies made for encoder–decoders
 ROLE_TOKENS: dict[str, str] = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 
 

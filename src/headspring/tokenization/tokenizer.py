@@ -9,6 +9,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +108,15 @@ class Tokenizer:
     def mask_id(self) -> int | None:
         """The id that stands for a hidden token; None where the tokenizer was not made for encoders."""
         return self.control.get(self.mask_token or "")
+
+    @cached_property
+    def sentinel_ids(self) -> list[int]:
+        """The control tokens that stand for the first span, the second, and so on; T5's under their own names."""
+        for form in (chat.SENTINEL, "<extra_id_{}>"):
+            found = takewhile(lambda token: token in self.control, map(form.format, count()))
+            if ids := [self.control[token] for token in found]:
+                return ids
+        return []
 
     @cached_property
     def end_id(self) -> int | None:

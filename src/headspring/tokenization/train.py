@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from headspring.artifacts import UserError, Value
-from headspring.text.chat import CONTROL_TOKENS, MASK
+from headspring.text.chat import CONTROL_TOKENS, MASK, SENTINEL
 from headspring.tokenization.pieces import META
 from headspring.tokenization.splitting import DIGITS, DigitPolicy, chunks, split_pattern
 from headspring.tokenization.tokenizer import Tokenizer
@@ -34,7 +34,8 @@ _BYTE_PIECE_ALPHABET = list("<0x123456789ABCDEF>")
 class TokenizerConfig(Value):
     """What to train. `vocab_size` counts everything: control tokens, the 256 bytes, the unknown token.
 
-    `mask` adds the control token that stands for a hidden token, which training an encoder needs.
+    `mask` adds the control token that stands for a hidden token, which training an encoder needs; `sentinels` are as many
+    that stand for a span each, which span corruption needs (T5 has 100).
     """
 
     kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
@@ -43,6 +44,7 @@ class TokenizerConfig(Value):
     digits: DigitPolicy = "pairs"
     byte_fallback: bool | None = None  # unigram only; None means yes there
     mask: bool = False
+    sentinels: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _byte_fallback_is_for_unigram(self) -> "TokenizerConfig":
@@ -54,7 +56,8 @@ class TokenizerConfig(Value):
 
     @property
     def control(self) -> tuple[str, ...]:
-        return (*CONTROL_TOKENS, MASK) if self.mask else CONTROL_TOKENS
+        mask = (MASK,) if self.mask else ()
+        return (*CONTROL_TOKENS, *mask, *(SENTINEL.format(number) for number in range(self.sentinels)))
 
     @property
     def falls_back_to_bytes(self) -> bool:

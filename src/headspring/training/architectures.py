@@ -68,6 +68,15 @@ class Architecture(Variant):
         """The model that guesses hidden tokens from both sides. Raises `UserError` where the family reads one way only."""
         raise UserError(f"a model of kind {self.kind!r} reads one way; objective: masked is for kinds transformer and encoder")
 
+    def encoder_decoder(self, vocab: int, start: int) -> Model:
+        """The model that writes about a source, each answer beginning with `start`. Raises `UserError` for one stack."""
+        kinds = "encoder_decoder and vaswani"
+        raise UserError(f"a model of kind {self.kind!r} reads no source; objective: spans is for kinds {kinds}")
+
+    def refusal(self) -> UserError:
+        """What an architecture of two stacks says to other objectives."""
+        return UserError(f"a model of kind {self.kind!r} writes about a source: it needs objective: spans")
+
 
 # ---- the presets: one block, many times
 
@@ -217,7 +226,8 @@ class StateSpaceDuality(Uniform):
 
 class RecurrentNetwork(Uniform):
     """`depth` layers, each of which replaces the stream by its memory of `hidden` channels (default: the width), as
-    recurrent networks were built (arXiv 1409.2329). `truncate` is how many tokens gradients flow back through."""
+    recurrent networks were built (arXiv 1409.2329), but for a norm before each: without it small embeddings are hardly
+    heard, and training begins late. `truncate` is how many tokens gradients flow back through."""
 
     kind: str
     depth: int = Field(2, gt=0)
@@ -228,7 +238,7 @@ class RecurrentNetwork(Uniform):
 
     def block(self) -> Block:
         recurrent = self.mixer(hidden=self.hidden, truncate=self.truncate)
-        return Block(mixer=Branch(f=recurrent, pre=None, residual=False))
+        return Block(mixer=Branch(f=recurrent, residual=False))
 
 
 class SimpleRecurrent(RecurrentNetwork):
@@ -254,7 +264,7 @@ class GatedRecurrent(RecurrentNetwork):
 
 class WindowNetwork(Architecture):
     """The neural n-gram model (Bengio et al. 2003): one layer of `hidden` tanh units (default: four times the width) over the
-    vectors of the last `order` − 1 tokens."""
+    vectors of the last `order` − 1 tokens, each normalised."""
 
     kind: Literal["neural_ngram"] = "neural_ngram"
     width: int = Field(256, gt=0)
@@ -265,7 +275,7 @@ class WindowNetwork(Architecture):
 
     def decoder(self, vocab: int) -> Decoder:
         window = NeuralNGram(order=self.order, hidden=self.hidden or 4 * self.width, direct=self.direct)
-        layers = (Block(mixer=Branch(f=window, pre=None, residual=False)),)
+        layers = (Block(mixer=Branch(f=window, residual=False)),)
         return Decoder(vocab=vocab, width=self.width, layers=layers, context=self.context, tied=self.tied)
 
 
@@ -340,8 +350,11 @@ def _tree(value: type[Model], side: Literal["decoder", "encoder"]) -> type[Archi
         raise UserError(f"a model of kind {kind!r} sees both ways: it needs objective: masked")
 
     methods = {"decoder": described} if side == "decoder" else {"encoder": described, "decoder": refuse}
-    base = type(f"{value.__name__}Base", (Architecture,), {"__annotations__": {"kind": str}, "__doc__": value.__doc__, **methods})
-    return create_model(f"{value.__name__}Tree", __base__=base, __doc__=value.__doc__, kind=(Literal[kind], kind), **fields)
+    base = type(
+        f"{value.__name__}Base", (Architecture,), {"__annotations__": {"kind": str}, "__doc__": value.__doc__, **methods}
+    )
+    fields["kind"] = (Literal[kind], kind)
+    return create_model(f"{value.__name__}Tree", __base__=base, __doc__=value.__doc__, **fields)
 
 
 TREES = MappingProxyType({"decoder": _tree(Decoder, "decoder"), "encoder": _tree(Encoder, "encoder")})

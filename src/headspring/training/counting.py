@@ -1,7 +1,7 @@
 """How an n-gram model learns: by counting, once, what the samples of a run show.
 
 The same stream of samples that a neural model would train on decides what is read: `steps` · `batch_size` rows. A row that
-comes again in a later epoch is not counted again, since Kneser–Ney's discounts rest on how many n-grams were seen exactly once, and
+comes again in a later epoch is not counted again: Kneser–Ney's discounts rest on how many n-grams were seen just once, and
 a second epoch leaves none. Rows that follow one another in the text are joined again, so that a document is cut only where
 the run did not read on.
 """

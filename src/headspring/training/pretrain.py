@@ -14,6 +14,7 @@ from headspring.data.masking import MaskedSamples, Masking
 from headspring.data.mixture import Mixture
 from headspring.data.packing import PackedTokens
 from headspring.data.shards import TokenShards
+from headspring.data.spans import CorruptedSpans, SpanCorruption
 from headspring.models import save_model
 from headspring.models.model import Model, ModelModule
 from headspring.models.ngram import NGram, NGramModule
@@ -27,6 +28,7 @@ from headspring.training.loop import DTYPES, measured_seconds, train, training_f
 from headspring.training.masked import MaskedTokens, masked_validation
 from headspring.training.measure import matmul_flops
 from headspring.training.objective import NextToken, Objective, held_out_loss
+from headspring.training.span_corruption import begins_answers, span_validation
 
 Measure = Callable[[], dict[str, float]]
 ANY_VOCAB = 1024  # that of a model which is only looked at
@@ -35,13 +37,14 @@ ANY_VOCAB = 1024  # that of a model which is only looked at
 class PretrainConfig(TrainConfig):
     """Model, data mixture and training of the pretrain stage. `sequence_length` defaults to the model's context.
 
-    `objective: masked` trains an encoder to guess the tokens that `masking` hides; `next_token`, a decoder. `balancing` says
-    how a mixture of experts is kept busy.
+    `objective: masked` trains an encoder to guess the tokens that `masking` hides; `next_token`, a decoder; `spans`, an
+    encoder–decoder to write what `spans` takes out. `balancing` says how a mixture of experts is kept busy.
     """
 
     model: Architecture = Transformer()
-    objective: Literal["next_token", "masked"] = "next_token"
+    objective: Literal["next_token", "masked", "spans"] = "next_token"
     masking: Masking | None = None
+    spans: SpanCorruption | None = None
     sequence_length: int | None = Field(None, gt=1)
     mixture: Mixture | None = None
     balancing: Balancing | None = None
@@ -55,6 +58,14 @@ class PretrainConfig(TrainConfig):
         return self
 
     @model_validator(mode="after")
+    def _spans_are_for_encoder_decoders(self) -> "PretrainConfig":
+        if self.spans is not None and self.objective != "spans":
+            raise ValueError("spans belongs to objective: spans; leave it out, or train an encoder–decoder")
+        if self.objective == "spans" and self.packing != "concat":
+            raise ValueError("objective: spans needs packing: concat, as pads are no text to take out")
+        return self
+
+    @model_validator(mode="after")
     def _model_can_be_built(self) -> "PretrainConfig":
         """Sizes that do not fit together are found before a stage runs; tensors without memory cost next to nothing."""
         with torch.device("meta"):
@@ -63,6 +74,8 @@ class PretrainConfig(TrainConfig):
 
     def described(self, vocab: int) -> Model:
         """The model to train. Raises `UserError` where its family cannot have this objective."""
+        if self.objective == "spans":
+            return self.model.encoder_decoder(vocab, start=0)
         return self.model.encoder(vocab) if self.objective == "masked" else self.model.decoder(vocab)
 
 
@@ -85,6 +98,9 @@ def pretrain(
     if config.objective == "masked":
         objective, data = MaskedTokens(), MaskedSamples(packed, tokenizer, config.masking or Masking(), seed)
         measure = _masked_validation(model, shards, tokenizer, length, config)
+    elif config.objective == "spans":
+        objective, data = NextToken(), CorruptedSpans(packed, tokenizer, config.spans or SpanCorruption(), seed)
+        measure = _span_validation(model, shards, tokenizer, length, config)
     else:
         objective, data, measure = NextToken(), packed, validation(model, shards, length, config)
     if distributed.rank() == 0:
@@ -111,8 +127,11 @@ def pretrain(
 
 
 def _begun(model: Model, tokenizer: Tokenizer) -> Model:
-    """What is counted knows the token that begins documents. Raises `UserError` where the tokenizer has none."""
-    return counting.begun(model, tokenizer.bos_id) if isinstance(model, NGram) else model
+    """What is counted knows the token that begins documents, and what writes, the one that begins answers. Raises `UserError`
+    where the tokenizer has none."""
+    if isinstance(model, NGram):
+        return counting.begun(model, tokenizer.bos_id)
+    return begins_answers(model, tokenizer.bos_id or 0)
 
 
 def _save(model: ModelModule, tokenizer: Tokenizer, folder: Path) -> None:
@@ -128,6 +147,16 @@ def _masked_validation(
     data = MaskedSamples(packed, tokenizer, config.masking or Masking(), seed=0)
     rows = min(len(packed), config.validation_samples)
     return masked_validation(model, data, rows, config.batch_size, DTYPES[config.precision], config.document_mask)
+
+
+def _span_validation(
+    model: ModelModule, shards: TokenShards, tokenizer: Tokenizer, length: int, config: PretrainConfig
+) -> Measure:
+    """The same spans of the first validation samples are taken out every time, whatever the run's seed."""
+    packed = PackedTokens(shards, "validation", length)
+    data = CorruptedSpans(packed, tokenizer, config.spans or SpanCorruption(), seed=0)
+    rows = min(len(packed), config.validation_samples)
+    return span_validation(model, data, rows, config.batch_size, DTYPES[config.precision])
 
 
 def validation(model: ModelModule, shards: TokenShards, length: int, config: PretrainConfig) -> Measure:
@@ -168,4 +197,8 @@ def _seconds_per_token(config: PretrainConfig, model: ModelModule, length: int) 
     masked = config.objective == "masked"
     share = (config.masking or Masking()).share if masked else 1.0  # of tokens that need a row of logits
     batch = Batch(ids, ids.where(torch.rand(ids.shape) < share, IGNORE))
+    if config.objective == "spans":
+        taken, spans = (config.spans or SpanCorruption()).counts(length)
+        answer = ids[:, : taken + spans + 1]
+        batch = Batch(answer, answer, source=ids[:, : length - taken + spans])
     return measured_seconds(model, MaskedTokens() if masked else NextToken(), batch, config.precision) / ids.numel()

@@ -73,9 +73,7 @@ class T5(Dialect):
     def _layers(self, config: Settings, depth: int, mask: Mask, reads: bool) -> tuple[Block, ...]:
         norm = RMSNorm(epsilon=config["layer_norm_epsilon"])
         same = {"heads": config["num_heads"], "head_dim": config["d_kv"], "qk_norm": None, "scale": 1.0}
-        table = T5Bias(
-            buckets=config["relative_attention_num_buckets"], max_distance=config["relative_attention_max_distance"]
-        )
+        table = T5Bias(buckets=config["relative_attention_num_buckets"], max_distance=config["relative_attention_max_distance"])
         cross = Branch(f=CrossAttention(**same), pre=norm) if reads else None
         feedforward = Branch(f=self._feedforward(config), pre=norm)
 
@@ -93,7 +91,8 @@ class T5(Dialect):
         if activation is None:
             known = ", ".join([*ACTIVATIONS, GATED_GELU])
             raise UserError(f"config.json: feed_forward_proj = {said!r} is not supported; those that are: {known}")
-        return Gated(hidden=config["d_ff"], activation=activation) if gated else MLP(hidden=config["d_ff"], activation=activation)
+        kind = Gated if gated else MLP
+        return kind(hidden=config["d_ff"], activation=activation)
 
     def config(self, model: Model) -> dict[str, Any]:
         """The first layer of the decoder speaks for all."""
