@@ -28,15 +28,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-SHAPE = (
-    "steps",
-    "batch",
-    "length",
-    "vocab",
-    "parameters",
-    "optimizer",
-    "precision",
-)  # rows of other settings are not comparable
+# What rows must share to be comparable.
+SHAPE = ("steps", "batch", "length", "vocab", "parameters", "optimizer", "precision")
+PICTURE = "![Bits per byte, speed of training and state, from the oldest idea to the newest](images/families.png)"
 BEGIN, END = "<!-- results of benchmarks/families.py -->", "<!-- end of results -->"
 PROMPT = "def read_file(path):\n    "
 
@@ -260,9 +254,7 @@ def table(results: dict[str, Any]) -> str:
         )
     settings = results["settings"]
     tokens = settings["steps"] * settings["batch"] * settings["length"]
-    caption = (
-        f"{tokens:,} tokens of training, sequences of {settings['length']}, one thread; ± is the deviation over seeds."
-    )
+    caption = f"{tokens:,} tokens of training, sequences of {settings['length']}, one thread; ± is the deviation over seeds."
     return "\n".join([*lines, "", caption])
 
 
@@ -305,7 +297,7 @@ def publish(results: dict[str, Any], options: argparse.Namespace) -> None:
         return
     text = options.page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
-    options.page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    options.page.write_text(f"{before}{BEGIN}\n{table(results)}\n\n{PICTURE}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
     plot(results, options.plot)
     print(table(results))
 

@@ -2,7 +2,7 @@
 
     python benchmarks/recall.py [--steps 300 --seeds 0 1 2]
 
-*Recall.* A row holds four of eight values (12 bits), goes on with noise, and ends with a question: which was the third? Models of
+*Recall.* A row begins with one of eight values, goes on with noise, and ends with a question: which value was it? Models of
 one layer are trained on distances drawn evenly from 1 to 64 and asked at each; chance is 0.125. The size of the memory is
 that of the recurrent state (or of a head's keys and values a token).
 
@@ -20,15 +20,15 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).parent
-VALUES, ITEMS, NOISE, ASK, FARTHEST = 8, 4, 8, 16, 64
+VALUES, NOISE, ASK, FARTHEST = 8, 8, 16, 64
 ASKED = (1, 4, 16, 32, 64)
 TIME = 60
 
 
 class Recall:
-    """Rows of noise, ITEMS values, noise, and a question. Only the answer carries a loss."""
+    """Rows of FARTHEST + 2 tokens: pads of noise, the value, noise, the question. Only the answer carries a loss."""
 
-    sequence_length = FARTHEST + ITEMS + 1
+    sequence_length = FARTHEST + 2
 
     def __init__(self, seed: int, distance: int | None = None):
         self.seed, self.distance = seed, distance
@@ -39,10 +39,10 @@ class Recall:
         draw = np.random.default_rng((self.seed, index))
         distance = self.distance or int(draw.integers(1, FARTHEST + 1))
         row = draw.integers(VALUES, VALUES + NOISE, self.sequence_length)
-        values, asked = draw.integers(0, VALUES, ITEMS), int(draw.integers(ITEMS))
-        row[-distance - ITEMS : -distance], row[-1] = values, ASK + asked
+        value = int(draw.integers(VALUES))
+        row[-1 - distance], row[-1] = value, ASK
         targets = np.full(self.sequence_length, IGNORE)
-        targets[-1] = values[asked]
+        targets[-1] = value
         return Sample(row, targets, np.zeros(self.sequence_length, dtype=np.int32))
 
     def where(self, document_id: str) -> list:
@@ -51,22 +51,16 @@ class Recall:
 
 def models(size: int) -> dict[str, Any]:
     """One layer of each kind with about `size` numbers to remember in (attention: that many a token)."""
-    from headspring.models import GRU, LSTM, MLP, RNN, Attention, Block, Decoder, Mamba2
+    from headspring.models import GRU, LSTM, RNN, Attention, Block, Branch, Decoder, Mamba2
 
     mixers = {
         "rnn": RNN(hidden=size), "gru": GRU(hidden=size), "lstm": LSTM(hidden=size // 2),
-        "mamba2": Mamba2(expand=1, head_dim=8, state=max(1, size // 32)),
+        "mamba2": Mamba2(head_dim=8, state=max(1, size // 64)),
         "attention": Attention(heads=1, head_dim=size // 2, qk_norm=None),
     }  # fmt: skip
     width = 32
     return {
-        name: Decoder(
-            vocab=ASK + ITEMS,
-            width=width,
-            layers=(Block(mixer=mixer, feedforward=MLP(hidden=64)),),
-            context=Recall.sequence_length,
-            tied=False,
-        )
+        name: Decoder(vocab=ASK + 1, width=width, layers=(Block(mixer=Branch(f=mixer)),), context=FARTHEST + 2, tied=False)
         for name, mixer in mixers.items()
     }
 
@@ -149,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "recall.json")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "images" / "recall.png")
     options = parser.parse_args()

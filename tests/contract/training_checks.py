@@ -118,8 +118,8 @@ def gradients(model, **changes) -> dict[str, torch.Tensor]:
     optimizers = build_optimizers(model, settings.optimizer)
     run = loop.Run(model, *lesson(model), settings, optimizers, torch.device("cpu"), settings.steps)
     loop._forward_backward(run)
-    learned = ((name, parameter.grad) for name, parameter in model.named_parameters())
-    return {name: gradient.clone() for name, gradient in learned if gradient is not None}  # a head that is not asked has none
+    parameters = dict(model.named_parameters())  # a head that is not asked has no gradient, which counts as zero
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()}
 
 
 def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

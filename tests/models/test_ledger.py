@@ -16,6 +16,7 @@ from headspring.models.chosen import Chosen
 from headspring.models.families import FAMILIES
 from headspring.models.mla import MLAModule
 from headspring.models.moe import MoEModule
+from headspring.models.ngram import NGram
 from headspring.models.part import Cost
 from tests.contract.checks import random_tokens
 from tests.models.conftest import randomise
@@ -94,7 +95,7 @@ def test_parameters(name):
     assert model.ledger().parameters == model.num_parameters() == sum(p.numel() for p in model.parameters()) + counted
 
 
-@pytest.mark.parametrize("name", [name for name, tiny in FAMILIES.items() if type(tiny()) is Decoder])
+@pytest.mark.parametrize("name", [name for name, tiny in FAMILIES.items() if type(tiny()) in (Decoder, NGram)])
 def test_state(name):
     model = FAMILIES[name]().build()
     model.compute_dtype = torch.bfloat16

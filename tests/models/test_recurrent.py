@@ -1,4 +1,4 @@
-"""Recurrent mixers: equal to torch's modules, fused or readable; gradients that vanish and explode; gates that can be edited."""
+"""Recurrent mixers: equal to torch's modules, fused or readable; gradients that vanish and explode; editable gates."""
 
 import pytest
 import torch

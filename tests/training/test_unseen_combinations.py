@@ -13,7 +13,6 @@ import torch
 
 from headspring.data.batch import Sample
 from headspring.models import Block, Branch, Decoder
-from headspring.models.families import FAMILIES
 from headspring.models.neural_ngram import NeuralNGram
 from headspring.models.ngram import NGram
 from headspring.models.scoring import log_probs
@@ -99,7 +98,3 @@ def test_a_network_that_cannot_tell_words_apart_knows_no_more(models):
         order = torch.randperm(CLASSES * WORDS, generator=torch.Generator().manual_seed(0))
         broken.embed.weight[1 : 1 + CLASSES * WORDS] = neural.embed.weight[1 + order]
     assert perplexity(broken, pairs()[1]) > perplexity(counted, pairs()[1])
-
-
-def test_both_are_families_of_the_house():
-    assert {"ngram", "neural_ngram"} <= set(FAMILIES)

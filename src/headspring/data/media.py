@@ -1,7 +1,7 @@
 """Pictures, films and sounds that need no download: scikit-learn's digits, the same digits moving, and synthesised tones.
 
 The digits are 1,797 scans of 8 × 8 pixels from the UCI repository (Alpaydin and Kaynak 1998), shipped inside scikit-learn.
-Their order is by writer, so that a split by place asks about people who were not seen.
+Writers follow one another, so that a split by place asks mostly about people who were not seen.
 """
 
 from dataclasses import dataclass

@@ -140,12 +140,14 @@ class AttentionModule(MixerModule):
         """(B, T, H or K, C), from one product; queries and keys normalised and placed, by one operator where that is all."""
         parts, heads = (self.q, self.k, self.v), (self.heads, self.kv_heads)
         mixed = kernels.linear(x, [part.weight for part in parts], [part.bias for part in parts if part.bias is not None])
-        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
-        if not self.position.fuses or not all(isinstance(norm, RMSNormModule) for norm in norms):
-            q, k, v = kernels.place_heads(mixed, heads, None, None)
-            return self._place(q, self.q_norm, context), self._place(k, self.k_norm, context), v
-        gains = tuple(norm.gain.to(x.device) for norm in norms) or None
-        return kernels.place_heads(mixed, heads, gains, self.position.rotation(context), norms[0].epsilon if norms else 0.0)
+        q_norm, k_norm, fuses = self.q_norm, self.k_norm, self.position.fuses
+        if fuses and isinstance(q_norm, RMSNormModule) and isinstance(k_norm, RMSNormModule):
+            gains = q_norm.gain.to(x.device), k_norm.gain.to(x.device)
+            return kernels.place_heads(mixed, heads, gains, self.position.rotation(context), q_norm.epsilon)
+        if fuses and q_norm is None and k_norm is None:
+            return kernels.place_heads(mixed, heads, None, self.position.rotation(context))
+        q, k, v = kernels.place_heads(mixed, heads, None, None)
+        return self._place(q, q_norm, context), self._place(k, k_norm, context), v
 
     def _place(self, x: torch.Tensor, norm: NormModule | None, context: Context) -> torch.Tensor:
         """Normalise and place (B, T, H, C)."""

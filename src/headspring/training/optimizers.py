@@ -129,12 +129,13 @@ class MuonOptimizer(torch.optim.Optimizer):
             rate = group["lr"] * max(1.0, rows / columns) ** 0.5
             whole = [(p.data, p.grad.contiguous(), self.state[p]["momentum"]) for p in params if p.grad is not None]
             # A stack of matrices (an expert each) is that many matrices.
-            matrices = [one for three in whole for one in zip(*(x.view(-1, rows, columns) for x in three), strict=True)]
+            views = [[x.view(-1, rows, columns) for x in three] for three in whole]
+            matrices = [(p, g, m) for three in views for p, g, m in zip(*three, strict=True)]
             update = _update_natively if _has_native(matrices) else _update_plainly
             update(matrices, group["steps"], group["momentum"], keep, rate)
 
 
-Matrices = list[tuple[torch.Tensor, ...]]  # of each its value, gradient and momentum
+Matrices = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # of each its value, gradient and momentum
 
 
 def _update_plainly(matrices: Matrices, steps: int, momentum: float, keep: float, rate: float) -> None:

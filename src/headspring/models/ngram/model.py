@@ -135,7 +135,7 @@ class NGramModule(ModelModule):
             raise ValueError(f"{past + tokens.shape[1]} tokens are more than the model's context of {self.config.context}")
         context = self._context(tokens.shape[1], past, segments, padding)
         line = torch.cat([before, tokens], dim=1)
-        if memory is not None:
+        if isinstance(memory, RecurrentState):
             memory.replace(tokens.shape[1], window=line[:, tokens.shape[1] :])
         numbers = self._contexts(line, context.positions.expand(batch, -1))
         rows = [self._distributions(part) for part in numbers.flatten(0, 1).split(ROWS)]
@@ -195,6 +195,7 @@ class NGramModule(ModelModule):
         for n in range(1, self.config.order + 1):
             size = len(self.buffers_of(n).keys)  # a probability and a weight each
             parts.append(Cost(f"{n}-grams", 2 * size, 2.0 * self.config.vocab, 0.0, 0.0, f"{size}"))
+        parts.append(Cost("window", fixed_state_bytes=8.0 * (self.config.order - 1)))  # token ids
         return Cost.sum("ngram", tuple(parts))
 
     def num_parameters(self) -> int:
