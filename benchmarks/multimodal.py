@@ -1,11 +1,12 @@
 """Pictures, sounds and films answered in text, and digits drawn from tokens: accuracy on held-out items, against chance.
 
-    python benchmarks/multimodal.py [digits sounds films drawing] [--steps 600]
+    python benchmarks/multimodal.py [digits sounds films drawing playing] [--steps 600]
 
 Each experiment trains one small model on one core from data that needs no download, and asks about items it has not seen:
 `digits` which digit a scan shows and whether it is even (the writers are others), `sounds` pitch and rhythm of synthesised
 tones, `films` where a digit moves in four frames, `drawing` "draw a 7" through a codebook of 2 × 2 patches, judged by a
-logistic regression trained on real digits. `blind` is the same question beside another item's picture: what the words alone
+logistic regression trained on real digits, `playing` a low, middle or high tone the same way, judged by its loudest band.
+`blind` is the same question beside another item: what the words alone
 tell. Intervals are Wilson's at 95 %. Writes benchmarks/results/multimodal.json.
 """
 
@@ -21,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from headspring.data.media import DIRECTIONS, Digits, digits, film, tones
+from headspring.data.media import DIRECTIONS, RATE, Digits, digits, film, tones
 from headspring.data.multimodal import Example, example, join_examples
 from headspring.data.rows import Rows
 from headspring.inference.multimodal import answer
 from headspring.models import Attention, Block, Decoder, Full, NoPE, SwiGLU, repeat
-from headspring.models.audio import Sound
+from headspring.models.audio import Sound, hertz_to_mel
 from headspring.models.codebook import fit_codebook
 from headspring.models.multimodal import Multimodal
 from headspring.models.tower import Tower
@@ -201,7 +202,44 @@ def drawing(tokenizer: Tokenizer, steps: int, codes: int = 64) -> dict:
     }
 
 
-EXPERIMENTS = {"digits": about_digits, "sounds": about_sounds, "films": about_films, "drawing": drawing}
+def playing(tokenizer: Tokenizer, steps: int, codes: int = 64) -> dict:
+    """The same with sounds: eleven tokens of the vocabulary, of which each is two log-mel frames."""
+    heard, draw = Sound(placeholder=0, samples=3072, frames=2), np.random.default_rng(1)
+    labels = [str(draw.choice(list(PITCHES))) for _ in range(600)]
+    waves = [tones(PITCHES[name] * draw.uniform(0.75, 1.3), 1, heard.samples, draw) for name in labels]
+    pieces = heard.pieces(torch.from_numpy(np.stack(waves)))
+    book = fit_codebook(pieces.flatten(0, 1), codes, offset=tokenizer.vocab_size)
+    prompts = {name: [tokenizer.bos_id, *tokenizer.encode(f"play a {name} tone")] for name in PITCHES}
+    rows = [example(prompts[name], ids) for name, ids in zip(labels, book.encode(pieces).tolist())]
+    model = decoder(tokenizer.vocab_size + codes, 48).build()
+    with tempfile.TemporaryDirectory() as place:
+        result = train(model, Answers(), Rows(rows, join_examples, 48), config(steps), Path(place))
+    wanted = [name for name in PITCHES for _ in range(100)]
+    allowed = range(book.offset, book.offset + codes)
+    asked = [np.array(prompts[name]) for name in wanted]
+    played = torch.tensor(answer(model, asked, (), heard.num_pieces, allowed=allowed, temperature=0.7))
+
+    def pitch(frames: torch.Tensor) -> str:
+        """The name whose frequency is nearest, in mel, to the loudest band of frames (P, F)."""
+        loudest = int(frames.unflatten(1, (heard.frames, heard.bands)).mean((0, 1)).argmax())
+        mel = hertz_to_mel(RATE / 2) * (loudest + 1) / (heard.bands + 1)
+        return min(PITCHES, key=lambda name: abs(hertz_to_mel(PITCHES[name]) - mel))
+
+    def judged(sounds: torch.Tensor, expected: list[str]) -> dict:
+        return rate([pitch(frames) == name for frames, name in zip(sounds, expected, strict=True)])
+
+    return {
+        "parameters": model.num_parameters(),
+        "train_seconds": round(result.seconds, 1),
+        "steps": steps,
+        "played": judged(book.decode(played), wanted),
+        "ceiling_real_sounds": judged(pieces, labels),
+        "ceiling_through_the_codebook": judged(book.decode(book.encode(pieces)), labels),
+        "blind": judged(book.decode(played), np.random.default_rng(0).permutation(wanted).tolist()),
+    }
+
+
+EXPERIMENTS = {"digits": about_digits, "sounds": about_sounds, "films": about_films, "drawing": drawing, "playing": playing}
 
 
 def main() -> None:
