@@ -7,6 +7,7 @@ count, and never empty while there are n tests.
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,9 +71,7 @@ def smoke_run(tmp_path_factory):
     `recipes/quickstart.yaml` there is the smoke recipe under the quickstart's name.
     """
     world = tmp_path_factory.mktemp("world")
-    (world / "recipes").mkdir()
-    for recipe in (ROOT / "recipes").glob("*.yaml"):
-        (world / "recipes" / recipe.name).write_bytes(recipe.read_bytes())
+    shutil.copytree(ROOT / "recipes", world / "recipes")
     (world / "README.md").write_bytes((ROOT / "README.md").read_bytes())
     smoke = (ROOT / "recipes" / "smoke.yaml").read_text(encoding="utf-8")
     smoke = re.sub(r"(?m)^recipe:.*$", "recipe: quickstart", smoke)
