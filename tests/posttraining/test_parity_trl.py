@@ -27,6 +27,10 @@ class Borrowed(torch.nn.Module):
 
     device = property(lambda self: self.llama.device)
     output_weight = property(lambda self: self.llama.lm_head.weight)
+    output_bias = softcap = None
+
+    def head_input(self, hidden):
+        return hidden
 
     def forward(self, tokens):
         return self.llama.model(tokens).last_hidden_state
