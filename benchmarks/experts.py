@@ -130,7 +130,9 @@ def main() -> None:
             alone[name].append(block_turn(layer, x, options.steps))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     result = {
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "options": {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name != "out"
+        },
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "torch": torch.__version__,
         "commit": commit,

@@ -244,7 +244,8 @@ def table(results: dict[str, Any]) -> str:
         writes = "–"
         if "bits_per_byte" in first:
             average, spread = mean(rows, "bits_per_byte")
-            quality, writes = f"{average:.3f} ± {spread:.3f}", f"{mean(rows, 'generated_tokens_per_second')[0]:,.0f}"
+            deviation = f" ± {spread:.3f}" if len(rows) > 1 else ""
+            quality, writes = f"{average:.3f}{deviation}", f"{mean(rows, 'generated_tokens_per_second')[0]:,.0f}"
         flops = f"{first['training_flops']:.1e}" if first["training_flops"] else "counts"
         numbers = [f"{mean(rows, key)[0]:,.0f}" for key in ("training_tokens_per_second", "peak_megabytes")]
         state = f"{first['state_bytes_per_token']:,.0f} | {first['fixed_state_bytes']:,.0f}"
