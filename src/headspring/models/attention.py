@@ -16,15 +16,15 @@ from headspring.models.attend import Scoring, added, attention, scored_pattern, 
 from headspring.models.chosen import Chosen
 from headspring.models.context import Context, Visibility
 from headspring.models.mask import Causal, Mask
-from headspring.models.mixer import Mixer, MixerModule
-from headspring.models.norm import Norm, NormModule, RMSNorm, RMSNormModule
-from headspring.models.part import Cost, Linear, ParameterRule, constant
+from headspring.models.norm import NormModule, RMSNormModule
+from headspring.models.part import Cost, ParameterRule, constant
 from headspring.models.position import Position, RoPE
+from headspring.models.projected import Projected, ProjectedModule
 from headspring.models.state import KeyValueState, LayerState
 from headspring.models.window import WindowState, held_positions, held_visibility, room
 
 
-class Attention(Mixer):
+class Attention(Projected):
     """`heads` query heads share `kv_heads` keys and values (default: as many). `head_dim` defaults to width / heads.
 
     `qk_norm` normalises each head's query and key before the rotation. `bias` puts biases on q, k and v, `out_bias` on the
@@ -34,22 +34,13 @@ class Attention(Mixer):
     """
 
     kind: Literal["attention"] = "attention"
-    heads: int = Field(4, gt=0)
-    kv_heads: int | None = Field(None, gt=0)
-    head_dim: int | None = Field(None, gt=0)
     position: Position = RoPE()
     mask: Mask = Causal()
-    qk_norm: Norm | None = RMSNorm()
-    bias: bool = False
-    out_bias: bool = False
-    scale: float | None = Field(None, gt=0)
     softcap: float | None = Field(None, gt=0)
     sink: bool = False
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "Attention":
-        if self.heads % (self.kv_heads or self.heads):
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+    def _position_fits(self) -> "Attention":
         if self.head_dim is not None and isinstance(self.position, RoPE):
             self.position.check(self.head_dim)
         return self
@@ -62,25 +53,12 @@ class Attention(Mixer):
         return AttentionModule(self, width)
 
 
-class AttentionModule(MixerModule):
+class AttentionModule(ProjectedModule):
     """x (B, T, D) → (B, T, D)."""
 
-    site_names = ("q", "k", "v", "pattern", "heads", "out")
-    plain_sites = ("pattern",)
-
     def __init__(self, value: Attention, width: int):
-        super().__init__()
-        if value.head_dim is None and width % value.heads:
-            raise ValueError(f"width ({width}) must be a multiple of heads ({value.heads}), or head_dim be given")
+        super().__init__(value, width)
         self.value = value
-        self.heads, self.kv_heads = value.heads, value.kv_heads or value.heads
-        self.channels = value.head_dim or width // value.heads
-        self.q = Linear(width, self.heads * self.channels, bias=value.bias)
-        self.k = Linear(width, self.kv_heads * self.channels, bias=value.bias)
-        self.v = Linear(width, self.kv_heads * self.channels, bias=value.bias)
-        self.out = Linear(self.heads * self.channels, width, bias=value.out_bias, std=0.0)
-        self.q_norm: NormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
-        self.k_norm: NormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(self.heads)) if value.sink else None
         self.position = value.position.build(self.heads, self.channels, value.mask.causal)
         mask = value.mask

@@ -13,37 +13,22 @@ most of what that file is about.
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 
 from headspring.models import kernels
 from headspring.models.attend import Scoring, attention, scored_pattern, weigh
 from headspring.models.context import Context, Visibility
-from headspring.models.mixer import Mixer, MixerModule
-from headspring.models.norm import Norm, NormModule, RMSNorm
-from headspring.models.part import Cost, Linear
+from headspring.models.part import Cost
+from headspring.models.projected import Projected, ProjectedModule
 from headspring.models.state import LayerState, MemoryState
 
 SEEN = "what is seen of the memory"
 
 
-class CrossAttention(Mixer):
+class CrossAttention(Projected):
     """`heads` query heads over `kv_heads` keys and values of the memory (default: as many). The fields mean what they do in
     `Attention`; `qk_norm` normalises queries and keys."""
 
     kind: Literal["cross_attention"] = "cross_attention"
-    heads: int = Field(4, gt=0)
-    kv_heads: int | None = Field(None, gt=0)
-    head_dim: int | None = Field(None, gt=0)
-    qk_norm: Norm | None = RMSNorm()
-    bias: bool = False
-    out_bias: bool = False
-    scale: float | None = Field(None, gt=0)
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "CrossAttention":
-        if self.heads % (self.kv_heads or self.heads):
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        return self
 
     @property
     def reads_memory(self) -> bool:
@@ -53,25 +38,12 @@ class CrossAttention(Mixer):
         return CrossAttentionModule(self, width)
 
 
-class CrossAttentionModule(MixerModule):
+class CrossAttentionModule(ProjectedModule):
     """x (B, T, D) → (B, T, D), with a context that has a memory."""
 
-    site_names = ("q", "k", "v", "pattern", "heads", "out")
-    plain_sites = ("pattern",)
-
     def __init__(self, value: CrossAttention, width: int):
-        super().__init__()
-        if value.head_dim is None and width % value.heads:
-            raise ValueError(f"width ({width}) must be a multiple of heads ({value.heads}), or head_dim be given")
+        super().__init__(value, width)
         self.scoring = Scoring(value.scale)
-        self.heads, self.kv_heads = value.heads, value.kv_heads or value.heads
-        self.channels = value.head_dim or width // value.heads
-        self.q = Linear(width, self.heads * self.channels, bias=value.bias)
-        self.k = Linear(width, self.kv_heads * self.channels, bias=value.bias)
-        self.v = Linear(width, self.kv_heads * self.channels, bias=value.bias)
-        self.out = Linear(self.heads * self.channels, width, bias=value.out_bias, std=0.0)
-        self.q_norm: NormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
-        self.k_norm: NormModule | None = value.qk_norm.build(self.channels) if value.qk_norm else None
 
     def prepare(self, context: Context) -> None:
         mask = None if context.memory_mask is None else context.memory_mask[:, None, None, :]

@@ -79,11 +79,6 @@ class EncoderDecoder(Model):
     def module(self) -> "EncoderDecoderModule":
         return EncoderDecoderModule(self)
 
-    def build(self, seed: int = 0) -> "EncoderDecoderModule":
-        module = self.module()
-        module.initialise(seed)
-        return module
-
 
 class EncoderDecoderModule(ModelModule):
     """The module of an `EncoderDecoder`."""

@@ -290,11 +290,6 @@ class Headed(Around):
     def module(self) -> "HeadedModule":
         return HeadedModule(self)
 
-    def build(self, seed: int = 0) -> "HeadedModule":
-        module = self.module()
-        module.initialise(seed)
-        return module
-
 
 class HeadedModule(AroundModule):
     """The module of a `Headed`. `heads["value"](hidden)` and the like read what the model returns."""

@@ -54,11 +54,6 @@ class Multimodal(Around):
     def module(self) -> "MultimodalModule":
         return MultimodalModule(self)
 
-    def build(self, seed: int = 0) -> "MultimodalModule":
-        module = self.module()
-        module.initialise(seed)
-        return module
-
 
 class MultimodalModule(AroundModule):
     """The module of a `Multimodal`."""
