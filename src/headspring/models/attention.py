@@ -17,6 +17,7 @@ from headspring.models.chosen import Chosen
 from headspring.models.context import Context, Visibility
 from headspring.models.mask import Causal, Mask
 from headspring.models.norm import NormModule, RMSNormModule
+from headspring.models.paged import Int8Pages, Pages
 from headspring.models.part import Cost, ParameterRule, constant
 from headspring.models.position import Position, RoPE
 from headspring.models.projected import Projected, ProjectedModule
@@ -77,8 +78,15 @@ class AttentionModule(ProjectedModule):
     def rules(self) -> dict[str, ParameterRule]:
         return {} if self.sinks is None else {"sinks": ParameterRule(constant(0.0), "vector")}
 
+    @property
+    def pages(self) -> bool:
+        sinks = self.sliding is not None and self.sliding.sinks
+        return self.value.mask.causal and self.chosen is None and not sinks and not self.position.by_length
+
     def prepare(self, context: Context) -> None:
         self.position.prepare(context)
+        if context.ragged is not None:
+            return
         if self._holds(context):
             self._held(context)
         elif self._gathers(context) and self.chosen is not None:
@@ -98,9 +106,10 @@ class AttentionModule(ProjectedModule):
             context.once(self._bias_key, lambda: added(bias, visible, context.time, keys))
 
     def forward(self, x: torch.Tensor, context: Context, state: LayerState | None = None) -> torch.Tensor:
-        batch, time, _ = x.shape
         q, k, v = self._query_key_value(x, context)
         q, k, v = self.site("q", q), self.site("k", k), self.site("v", v)
+        if isinstance(state, Pages):
+            return self._answer(self._attend_pages(q, k, v, state, context))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         asks = self._asks(q)
         if isinstance(state, WindowState):
@@ -110,9 +119,33 @@ class AttentionModule(ProjectedModule):
             k, v = state.append(k if asks is None else torch.cat([k, asks], dim=-1), v)
             if asks is not None:
                 k, asks = k.chunk(2, dim=-1)
-        y = self._attend(q, k, v, asks, context).transpose(1, 2)
-        y = self.site("heads", y)  # (B, T, H, C)
-        return self.site("out", self.out(y.reshape(batch, time, -1)))
+        return self._answer(self._attend(q, k, v, asks, context).transpose(1, 2))
+
+    def _answer(self, y: torch.Tensor) -> torch.Tensor:
+        """What the heads (B, T, H, C) write to the stream."""
+        return self.site("out", self.out(self.site("heads", y).flatten(2)))
+
+    def _attend_pages(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: Pages, context: Context) -> torch.Tensor:
+        """Queries (1, N, H, C) of several sequences, keys and values (1, N, K, C) → (1, N, H, C)."""
+        ragged = context.ragged
+        assert ragged is not None
+        pages.write(k[0], v[0], ragged)
+        scoring = Scoring(self.value.scale, self.value.softcap, self.sinks)
+        causal = isinstance(self._mask, Causal) and not self.position.biased and "pattern" not in self.watched
+        if causal and scoring.fused and kernels.pages_natively(q, pages):
+            window = None if self.sliding is None else self.sliding.window
+            return kernels.paged_attention(q[0], pages, ragged, window, scoring.scale)[None]
+        parts = []
+        for number, span, own in ragged.alone():
+            self.position.prepare(own)
+            seen, scores = own.visibility(self._mask), scoring.with_bias(self.position.bias(own))
+            keys, values = pages.gather(number, ragged)
+            queries = q[:, span].transpose(1, 2)
+            if "pattern" in self.watched:
+                parts.append(weigh(self.site("pattern", scored_pattern(queries, keys, seen, scores)), values))
+            else:
+                parts.append(attention(queries, keys, values, seen, scores))
+        return torch.cat(parts, dim=2).transpose(1, 2)
 
     def _query_key_value(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, T, H or K, C), from one product; queries and keys normalised and placed, by one operator where that is all."""
@@ -217,6 +250,15 @@ class AttentionModule(ProjectedModule):
             return WindowState(batch, self.kv_heads, self.sliding, capacity, self.channels, dtype, device)
         keys = self.channels * (1 if self.chosen is None else 2)  # what chooses is kept beside each key
         return KeyValueState(batch, self.kv_heads, capacity, keys, dtype, device, value_channels=self.channels)
+
+    def new_pages(
+        self, count: int, dtype: torch.dtype, device: torch.device, stored: torch.dtype | None = None
+    ) -> Pages | None:
+        if not self.pages:
+            return None
+        group = None if self.sliding is None else self.sliding.window
+        kind = Int8Pages if stored == torch.int8 else Pages
+        return kind(count, self.kv_heads, self.channels, dtype, device, group)
 
     def cost(self, name: str, context_length: int) -> Cost:
         """Scores and values count the keys that a query sees on average: half the context under a causal mask."""

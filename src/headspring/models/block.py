@@ -21,6 +21,7 @@ from headspring.models.feedforward import FeedForward, FeedForwardModule
 from headspring.models.mixer import Mixer, MixerModule
 from headspring.models.norm import Norm, RMSNorm, RMSNormModule
 from headspring.models.part import Cost, PartModule
+from headspring.models.ragged import each
 from headspring.models.state import LayerState, MemoryState, ReadingState
 
 
@@ -165,7 +166,7 @@ class BlockModule(PartModule):
             return self.site("residual.post", self._parallel(x, context, state))
         memory, state = (state.memory, state.own) if isinstance(state, ReadingState) else (None, state)
         x, read = self.mixer.read(x)
-        x, y = self._added(self.mixer, x, self.mixes(read, context, state), "residual.mid", self.cross or self.feedforward)
+        x, y = self._added(self.mixer, x, self._mixed(read, context, state), "residual.mid", self.cross or self.feedforward)
         if self.cross is not None:
             x, read = self.cross.read(x, y)
             x, y = self._added(self.cross, x, self.cross.f(read, context, memory), "residual.cross", self.feedforward)
@@ -173,6 +174,12 @@ class BlockModule(PartModule):
             x, read = self.feedforward.read(x, y)
             x = self.feedforward.combine(x, self.feedforward.f(read))
         return self.site("residual.post", x)
+
+    def _mixed(self, x: torch.Tensor, context: Context, state: LayerState | None) -> torch.Tensor:
+        """The mixer's answer, to all sequences of the row at once or to one after the other."""
+        if context.ragged is None or self.mixes.pages:
+            return self.mixes(x, context, state)
+        return each(self.mixes, x, context.ragged, state)  # type: ignore[arg-type]
 
     def _added(
         self, branch: BranchModule, x: torch.Tensor, y: torch.Tensor, site: str, after: BranchModule | None
@@ -185,7 +192,7 @@ class BlockModule(PartModule):
     def _parallel(self, x: torch.Tensor, context: Context, state: LayerState | None) -> torch.Tensor:
         """Both branches read the same."""
         read = x if self.pre is None else self.pre(x)
-        middle = self.mixer.combine(x, self.mixes(self.mixer.read(read)[1], context, state))
+        middle = self.mixer.combine(x, self._mixed(self.mixer.read(read)[1], context, state))
         middle = self.site("residual.mid", middle)
         if self.feedforward is None:
             return middle
@@ -207,7 +214,8 @@ class BlockModule(PartModule):
             yield f"{name}.mlp", self.feedforward.f, self.feedforward.f.site_names
 
     def prepare(self, context: Context) -> None:
-        self.mixes.prepare(context)
+        if context.ragged is None or self.mixes.pages:
+            self.mixes.prepare(context)
         if self.cross is not None and isinstance(self.cross.f, MixerModule):
             self.cross.f.prepare(context)
 

@@ -11,11 +11,14 @@ compiled or recomputed, and should find tensors, not decisions.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headspring.models.mask import Causal, Mask
+
+if TYPE_CHECKING:
+    from headspring.models.ragged import Ragged
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Context:
 
     `positions` (B or 1, T) int64. `segments` (B, T) numbers packed documents (not with a state); `padding` (B,) int64 counts
     the pads at the left of a row. `memory` (B, M, D) is what a cross-attention reads, `memory_mask` (B, M) True where it
-    holds a token; None where a state has read it already.
+    holds a token; None where a state has read it already. `ragged` tells the sequences of a row apart that holds several.
     """
 
     time: int
@@ -54,6 +57,7 @@ class Context:
     memory: torch.Tensor | None = None
     memory_mask: torch.Tensor | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
+    ragged: "Ragged | None" = None
 
     @staticmethod
     def of(

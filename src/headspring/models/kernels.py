@@ -9,11 +9,16 @@ between the two kernel sets, which is why `numerics_id()` names the one in use.
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from headspring.models import native
+
+if TYPE_CHECKING:
+    from headspring.models.paged import Pages
+    from headspring.models.ragged import Ragged
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -189,6 +194,25 @@ def causal_attention_plain(
     place = torch.arange(q.shape[2], device=q.device)
     seen = (place <= place[:, None]) & (place >= first[:, :, None])
     return scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=grouped)
+
+
+def write_pages(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+    """Store keys and values (N, K, C) at `slots` (N,) int64 of the pages keys (P, K, 32, C) and values (P, K, C, 32)."""
+    pages, places = slots // keys.shape[2], slots % keys.shape[2]
+    keys[pages, :, places], values[pages, :, :, places] = k, v
+
+
+def pages_natively(q: torch.Tensor, pages: "Pages") -> bool:
+    """Whether `paged_attention` applies to queries like these."""
+    return False
+
+
+def paged_attention(
+    q: torch.Tensor, pages: "Pages", ragged: "Ragged", window: int | None = None, scale: float | None = None
+) -> torch.Tensor:
+    """softmax(q kᵀ · scale) v of the row's queries q (N, H, C), each over the keys of its own sequence up to itself (the last
+    `window` of them), which lie in pages → (N, H, C)."""
+    raise NotImplementedError
 
 
 def _rows_in_one_piece(x: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,17 @@ one: a new file with a value that derives from `Mixer` and a module that derives
 `families.py`, from which it inherits every test of the contract.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from headspring.artifacts.value import Variant
 from headspring.models.context import Context
 from headspring.models.part import Cost, PartModule
 from headspring.models.state import LayerState
+
+if TYPE_CHECKING:
+    from headspring.models.paged import Pages
 
 
 class Mixer(Variant):
@@ -40,6 +45,11 @@ class MixerModule(PartModule):
     cut: tuple[str, ...] = ("q", "k", "v")
 
     @property
+    def pages(self) -> bool:
+        """Whether it reads a row of several sequences (`Context.ragged`), its memory in pages. Others get them one by one."""
+        return False
+
+    @property
     def by_length(self) -> bool:
         """Whether what it makes of a token depends on how many tokens there are; then see `regime`."""
         return False
@@ -57,6 +67,12 @@ class MixerModule(PartModule):
     def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerState:
         """An empty memory for `batch` rows of up to `capacity` tokens."""
         raise NotImplementedError
+
+    def new_pages(
+        self, count: int, dtype: torch.dtype, device: torch.device, stored: torch.dtype | None = None
+    ) -> "Pages | None":
+        """A pool of pages, kept as `stored` (int8, or by default `dtype`); None where it does not use any."""
+        return None
 
     def cost(self, name: str, context_length: int) -> Cost:
         """What it costs per token in sequences of `context_length` tokens."""

@@ -7,16 +7,39 @@
 // Query t of row b sees the keys first[b, t] … t; `first` does not decrease along a row. That is causal attention, within
 // packed documents or a sliding window.
 
-#include "native_products.h"
+#include "native_softmax.h"
 
 #ifdef HAS_PRODUCTS
 
 #include <vector>
 
+constexpr float LOG2_E = 1.44269504089f;
+
+floats softmax(const float *scores, uint32_t *out, int64_t stride, int64_t begin, int64_t end, const Queries &queries,
+               float scale, floats *log2_sums) {
+    floats factor = floats{} + scale * LOG2_E, largest = floats{} - INFINITY;
+    for (int64_t k = begin; k < end; k++) {
+        floats s = queries.seen(read<floats>(scores + (k - begin) * stride), k, -INFINITY);
+        largest = s > largest ? s : largest;
+    }
+    floats offset = largest * factor, sums = {};
+    for (int64_t k = begin; k < end; k += 2) {
+        floats p[2];
+        for (int i = 0; i < 2; i++) {
+            p[i] = exp2_of(read<floats>(scores + (k + i - begin) * stride) * factor - offset);
+            p[i] = queries.seen(p[i], k + i, 0.0f);
+            sums += p[i];
+        }
+        write(out + (k - begin) / 2 * stride, pairs(p[0], p[1]));
+    }
+    if (log2_sums)
+        for (int i = 0; i < 16; i++) (*log2_sums)[i] = std::log2(sums[i]) + offset[i];
+    return 1.0f / sums;
+}
+
 namespace {
 
 constexpr int64_t QUERIES = 32, KEYS = 64;
-constexpr float LOG2_E = 1.44269504089f;
 
 int64_t padded(int64_t count) { return (count + KEYS - 1) / KEYS * KEYS; }
 
@@ -44,45 +67,7 @@ void fill_first(const int64_t *first, int32_t *out, const Shape &s) {
     for (int64_t t = 0; t < s.rows; t++) out[t] = t >= s.time ? int32_t(t) : first ? int32_t(first[t]) : 0;
 }
 
-integers places(int64_t start) {
-    integers count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return count + int32_t(start);
-}
-
-// 16 queries, from `at` on, and the stretch of keys that all of them see: only outside of it is a mask needed.
-struct Queries {
-    integers place, first;
-    int64_t shared_begin = 0, shared_end;
-    Queries(int64_t at, const int32_t *starts) : place(places(at)), first(read<integers>(starts + at)), shared_end(at + 1) {
-        for (int i = 0; i < 16; i++) shared_begin = first[i] > shared_begin ? first[i] : shared_begin;
-    }
-    floats seen(floats x, int64_t key, float otherwise) const {
-        if (key >= shared_begin && key < shared_end) return x;
-        return (first <= int32_t(key)) & (place >= int32_t(key)) ? x : floats{} + otherwise;
-    }
-};
-
-// Scores of 16 queries → exp(scale · score − maximum) as pairs of keys. Gives the sums, and log2 of sum · exp(maximum).
-void softmax(const float *scores, uint32_t *out, int64_t begin, int64_t end, const Queries &queries, float scale,
-             floats &sums, floats &log2_sums) {
-    floats factor = floats{} + scale * LOG2_E, largest = floats{} - INFINITY;
-    for (int64_t k = begin; k < end; k++) {
-        floats s = queries.seen(read<floats>(scores + (k - begin) * QUERIES), k, -INFINITY);
-        largest = s > largest ? s : largest;
-    }
-    floats offset = largest * factor;
-    sums = floats{};
-    for (int64_t k = begin; k < end; k += 2) {
-        floats p[2];
-        for (int i = 0; i < 2; i++) {
-            p[i] = exp2_of(read<floats>(scores + (k + i - begin) * QUERIES) * factor - offset);
-            p[i] = queries.seen(p[i], k + i, 0.0f);
-            sums += p[i];
-        }
-        write(out + (k - begin) / 2 * QUERIES, pairs(p[0], p[1]));
-    }
-    for (int i = 0; i < 16; i++) log2_sums[i] = std::log2(sums[i]) + offset[i];
-}
+Queries queries_at(int64_t t, const int32_t *starts) { return Queries(places(t), read<integers>(starts + t)); }
 
 void forward(const View *x, float *log2_sums, const int64_t *first, const Shape &s, float scale, int64_t task) {
     int64_t b = task / s.kv_heads, shared = task % s.kv_heads, group = s.heads / s.kv_heads, C = s.channels;
@@ -100,10 +85,10 @@ void forward(const View *x, float *log2_sums, const int64_t *first, const Shape 
             int64_t begin = starts[t] / QUERIES * QUERIES, end = t + QUERIES;
             multiply(keys + begin * C, C, queries + t, s.ld, scores, QUERIES, end - begin, QUERIES, C, false);
             for (int64_t i = 0; i < QUERIES; i += 16) {
-                floats sums, logs_of_sums;
-                softmax(scores + i, pattern + i, begin, end, Queries(t + i, starts), scale, sums, logs_of_sums);
+                floats logs_of_sums;
+                write(factors + i, softmax(scores + i, pattern + i, QUERIES, begin, end, queries_at(t + i, starts), scale,
+                                           &logs_of_sums));
                 write(logs + t + i, logs_of_sums);
-                write(factors + i, 1.0f / sums);
             }
             multiply(values + begin, s.ld, pattern, QUERIES, mixed, QUERIES, C, QUERIES, end - begin, false);
             transposed_to_bf16(mixed, QUERIES, result, C, QUERIES, C, factors);
@@ -174,7 +159,7 @@ void backward(const View *x, const float *log2_sums, const int64_t *first, const
                 multiply(values + key * C, C, upstream + t, s.ld, gradients, QUERIES, KEYS, QUERIES, C, false);
                 for (int64_t i = 0; i < QUERIES; i += 16)
                     softmax_backward(scores + i, gradients + i, p_rows + t - key + i, ds_rows + t - key + i, s.ld,
-                                     ds_pairs + i, key, Queries(t + i, starts), factor,
+                                     ds_pairs + i, key, queries_at(t + i, starts), factor,
                                      read<floats>(logs + t + i), read<floats>(delta + t + i));
                 multiply(keys_turned + key, s.ld, ds_pairs, QUERIES, dq_turned + t, s.ld, C, QUERIES, KEYS, true);
             }

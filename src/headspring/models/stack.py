@@ -6,7 +6,8 @@
 the masks of the mixers and by nothing else, so that one text serves both; an encoder only has no state.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -19,6 +20,7 @@ from headspring.models.initialisation import Init, ZeroOutput, count_branches
 from headspring.models.mixer import Mixer
 from headspring.models.model import Model, ModelModule
 from headspring.models.norm import Norm, RMSNorm
+from headspring.models.paged import BatchState, Pages
 from headspring.models.part import Cost, Linear, ParameterRule, PartModule
 from headspring.models.soft_tokens import SoftTokens
 from headspring.models.state import Memory, State
@@ -93,7 +95,7 @@ class StackModule(ModelModule):
     def forward(
         self,
         tokens: torch.Tensor,
-        state: State | None = None,
+        state: State | BatchState | None = None,
         segments: torch.Tensor | None = None,
         padding: torch.Tensor | None = None,
         types: torch.Tensor | None = None,
@@ -101,8 +103,13 @@ class StackModule(ModelModule):
         soft: SoftTokens | None = None,
     ) -> torch.Tensor:
         """As every model's; `types` (B, T) int64 where the embedding knows types of tokens (default: all of type 0);
-        `memory` is what the blocks with `cross` read; `soft` are vectors for placeholders among the tokens."""
+        `memory` is what the blocks with `cross` read; `soft` are vectors for placeholders among the tokens. With a `BatchState`
+        the row (1, N) holds the tokens of several sequences."""
         time = tokens.shape[1]
+        if isinstance(state, BatchState):
+            context = state.ragged.context()
+            self._prepare(context)
+            return self._run(tokens, context, state.layers, types)
         if state is not None:
             if types is not None:
                 raise ValueError("types cannot be used with a state, which does not remember them")
@@ -116,17 +123,26 @@ class StackModule(ModelModule):
         if past + tokens.shape[1] > self.config.context:
             raise ValueError(f"{past + tokens.shape[1]} tokens are more than the model's context of {self.config.context}")
         context = self._context(tokens.shape[1], past, segments, padding, memory)
+        place = None if soft is None else lambda x: soft.place(x, tokens if state is None else state.tokens, padding)
+        return self._run(tokens, context, None if state is None else state.layers, types, place)[:, -time:]
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        context: Context,
+        layers: Sequence[Any] | None,
+        types: torch.Tensor | None = None,
+        place: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Hidden states of all tokens; `layers` are the memories of the blocks, `place` puts vectors among the embeddings."""
         x = self.embed(tokens, self.compute_dtype, context.positions, types)
-        if soft is not None:
-            x = soft.place(x, tokens if state is None else state.tokens, padding)
-        x = self.site("embed", x)
+        x = self.site("embed", x if place is None else place(x))
         for index, block in enumerate(self.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, context, use_reentrant=False)
             else:
-                x = block(x, context, None if state is None else state.layers[index])
-        x = self.site("final", x if self.norm is None else self.norm(x))
-        return x[:, -time:]
+                x = block(x, context, None if layers is None else layers[index])
+        return self.site("final", x if self.norm is None else self.norm(x))
 
     def _outgrown(self, state: State, time: int) -> bool:
         """Whether some layer reads sequences that are `time` tokens longer in another way than what the state holds."""
@@ -148,9 +164,12 @@ class StackModule(ModelModule):
         """What the blocks share, prepared."""
         read = () if memory is None else (memory.hidden, memory.mask)
         context = Context.of(time, past, segments, padding, self.device, *read)
+        self._prepare(context)
+        return context
+
+    def _prepare(self, context: Context) -> None:
         for block in self.blocks():
             block.prepare(context)
-        return context
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -175,6 +194,17 @@ class StackModule(ModelModule):
         capacity = min(capacity or self.config.context, self.config.context)
         layers = [block.new_state(batch, capacity, self.compute_dtype, self.device) for block in self.blocks()]
         return State(layers, batch, capacity, self.device)
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether it reads a row of several sequences, and pages or states of their own remember them."""
+        blocks = list(self.blocks())
+        return self.config.causal and not any(block.mixes.by_length or block.cross is not None for block in blocks)
+
+    def new_pages(self, count: int, dtype: torch.dtype | None = None) -> list[Pages | None]:
+        """A pool of `count` pages for each layer that keeps keys and values in them; None for the others. `dtype`: int8, or
+        by default that of the activations."""
+        return [block.mixes.new_pages(count, self.compute_dtype, self.device, dtype) for block in self.blocks()]
 
     # ---- what it costs
 

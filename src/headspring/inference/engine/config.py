@@ -1,0 +1,35 @@
+"""What an engine may use: memory, sequences at a time, tokens a step, places in its queue."""
+
+from typing import Literal
+
+import psutil
+import torch
+from pydantic import Field
+
+from headspring.artifacts import UserError, Value
+
+LARGEST_DEFAULT = 2**30  # bytes of pages where nobody says otherwise
+
+
+class QueueFull(UserError):
+    """The engine has as many jobs waiting as its queue may hold; try again later."""
+
+
+class EngineConfig(Value):
+    """How much an engine takes on. Invalid values raise pydantic's `ValidationError`."""
+
+    memory: int | None = Field(None, gt=0, description="bytes for pages; by default at most 1 GiB and a quarter of what is free")
+    max_sequences: int = Field(64, ge=1, description="answers that run together")
+    chunk: int = Field(512, ge=1, description="tokens of a step; prompts are read in pieces of at most this many")
+    max_queue: int | None = Field(None, ge=0, description="jobs that may wait; one more is refused. None: any number")
+    cache_dtype: Literal["auto", "int8"] = Field("auto", description="int8 halves the bytes of keys and values, with a scale each")
+    prefix_sharing: bool = Field(True, description="keep pages of what was read, for prompts that begin alike")
+    speculation: Value | None = Field(None, description="a value of `inference.speculation`; no token changes by it")
+    debug: bool = Field(False, description="check the books of the cache after every step")
+
+
+def default_memory(device: torch.device) -> int:
+    """Bytes for pages: a quarter of what is free, and at most 1 GiB outside a GPU's own memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    return min(LARGEST_DEFAULT, psutil.virtual_memory().available // 4)

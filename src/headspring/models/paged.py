@@ -1,0 +1,98 @@
+"""Keys and values in pages of 32 tokens, which any sequence may own, share or give back: the memory of an engine.
+
+One pool of pages a layer; which page holds which tokens of whom is said by tables (`ragged.Ragged.tables`), the same for all
+layers that forget alike. Values lie transposed, channels down and tokens across, because that is how attention's second
+product reads them (`native_attention.cpp`); so a page is used where it lies and never copied. What is not written yet is zero.
+`Int8Pages` keep a byte a number and a scale for each token and head: half the memory, and a rounding of about 0.4 %.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headspring.models import kernels
+from headspring.models.ragged import PAGE, Ragged
+from headspring.models.state import LayerState
+
+
+class Pages:
+    """The pool of one layer: keys (P, K, PAGE, C) and values (P, K, C, PAGE). `group`: see `Ragged.tables`."""
+
+    def __init__(
+        self, count: int, kv_heads: int, channels: int, dtype: torch.dtype, device: torch.device, group: int | None = None
+    ):
+        self.group = group
+        self.keys = torch.zeros(count, kv_heads, PAGE, channels, dtype=dtype, device=device)
+        self.values = torch.zeros(count, kv_heads, channels, PAGE, dtype=dtype, device=device)
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, ragged: Ragged) -> None:
+        """Store the keys and values (N, K, C) of the row's tokens."""
+        kernels.write_pages(k, v, self.keys, self.values, ragged.slots(self.group))
+
+    def gather(self, number: int, ragged: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of one sequence, those of this step included, (1, K, S, C) each."""
+        pages, length = self._pages_of(number, ragged)
+        keys = self.keys[pages].transpose(0, 1).flatten(1, 2)[:, :length]
+        values = self.values[pages].permute(1, 0, 3, 2).flatten(1, 2)[:, :length]
+        return keys[None], values[None]
+
+    def _pages_of(self, number: int, ragged: Ragged) -> tuple[torch.Tensor, int]:
+        length = ragged.past[number] + ragged.counts[number]
+        return ragged.tables[self.group][number, : -(-length // PAGE)].long(), length
+
+    def copy(self, source: int, target: int) -> None:
+        """Fill one page with what another holds."""
+        for pool in self.tensors:
+            pool[target] = pool[source]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.keys, self.values
+
+    @property
+    def bytes_per_page(self) -> int:
+        return sum(pool[0].numel() * pool.element_size() for pool in self.tensors)
+
+
+class Int8Pages(Pages):
+    """The same in a byte a number: x ≈ q · scale, the scale of a token's head being its largest number / 127."""
+
+    def __init__(
+        self, count: int, kv_heads: int, channels: int, dtype: torch.dtype, device: torch.device, group: int | None = None
+    ):
+        super().__init__(count, kv_heads, channels, torch.int8, device, group)
+        self.dtype = dtype
+        self.key_scales = torch.zeros(count, kv_heads, PAGE, dtype=torch.float32, device=device)
+        self.value_scales = torch.zeros(count, kv_heads, PAGE, dtype=torch.float32, device=device)
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, ragged: Ragged) -> None:
+        (k, k_scales), (v, v_scales) = quantized(k), quantized(v)
+        slots = ragged.slots(self.group)
+        kernels.write_pages(k, v, self.keys, self.values, slots)
+        pages, places = slots // PAGE, slots % PAGE
+        self.key_scales[pages, :, places], self.value_scales[pages, :, places] = k_scales, v_scales
+
+    def gather(self, number: int, ragged: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
+        pages, length = self._pages_of(number, ragged)
+        keys, values = super().gather(number, ragged)
+        scales = (pool[pages].transpose(0, 1).flatten(1)[:, :length, None] for pool in (self.key_scales, self.value_scales))
+        return tuple((whole * scale).to(self.dtype) for whole, scale in zip((keys, values), scales))  # type: ignore[return-value]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.keys, self.values, self.key_scales, self.value_scales
+
+
+def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (N, K, C) → int8 (N, K, C) and scales (N, K) float32."""
+    scales = x.float().abs().amax(-1) / 127
+    return (x.float() / scales.clamp(min=1e-30)[..., None]).round().to(torch.int8), scales
+
+
+@dataclass
+class BatchState:
+    """The memory of a model for the sequences of one step: a layer has pages, or a state for each sequence."""
+
+    ragged: Ragged
+    layers: Sequence[Pages | Sequence[LayerState]]
