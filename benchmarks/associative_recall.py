@@ -1,6 +1,6 @@
 """How many things a model of each kind remembers at once, and how that depends on the size of its memory.
 
-    python benchmarks/associative_recall.py [--steps 500 --seeds 0 1]
+    python benchmarks/associative_recall.py [--steps 1500 --seeds 0 1]
 
 A row shows 1, 2, 4, 8 or 16 pairs of a key and a value, one token a pair, and then asks for each key in another order: which
 value? (Multi-query associative recall, arXiv 2312.04927; there a pair is two tokens, so that a model must also learn to join
@@ -54,14 +54,13 @@ class Recall:
 
 def models(size: int) -> dict[str, Any]:
     """One layer of each kind with about `size` numbers to remember in (attention: so many a token)."""
-    from headspring.models import GRU, LSTM, Attention, Block, Branch, Decoder, GatedDelta, LinearAttention, Mamba, Mamba2
+    from headspring.models import GRU, LSTM, Attention, Block, Branch, Decoder, GatedDelta, LinearAttention, Mamba
 
     side = round(size**0.5)
     mixers = {
         "lstm": LSTM(hidden=size // 2),
         "gru": GRU(hidden=size),
         "mamba": Mamba(state=max(1, size // WIDTH), expand=1, conv=1),
-        "mamba2": Mamba2(head_dim=8, expand=1, state=max(1, size // WIDTH), conv=1),
         "linear_attention": LinearAttention(heads=1, head_dim=side),
         "gated_delta": GatedDelta(heads=1, head_dim=side, conv=1),
         "attention": Attention(heads=1, head_dim=size // 2, qk_norm=None),
@@ -138,7 +137,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--only", nargs="+", help="kinds of models; default: all")

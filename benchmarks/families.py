@@ -105,9 +105,11 @@ def sized(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def config_of(name: str, options: argparse.Namespace):
     from headspring.training.pretrain import PretrainConfig
 
-    settings = {"model": sized(name, options), "steps": options.steps, "batch_size": options.batch, "compile": "never"}
-    settings |= {"optimizer": {"kind": options.optimizer}, "validate_every": 10**6}
-    settings |= {"precision": options.precision, "checkpoint_every": 10**6, "validation_samples": 128, "spike": 1000.0}
+    settings = {"model": sized(name, options), "steps": options.steps, "batch_size": options.batch, "validation_samples": 128}
+    if settings["model"]["kind"] == "ngram":
+        return PretrainConfig.model_validate(settings)
+    settings |= {"optimizer": {"kind": options.optimizer}, "validate_every": 10**6, "compile": "never"}
+    settings |= {"precision": options.precision, "checkpoint_every": 10**6, "spike": 1000.0}
     if name == MASKED:
         settings["objective"] = "masked"
     return PretrainConfig.model_validate(settings)

@@ -1,5 +1,6 @@
 """Every family from a recipe: its usual numbers, five steps (or one counting), text; and whole value trees."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from headspring.line.plan import plan
 from headspring.line.recipe import load_recipe
 from headspring.line.run import run
 from headspring.models import Attention, Block, Decoder, SwiGLU, repeat
+from headspring.models.early_exit import exit_after
 from headspring.models.families import FAMILIES
+from headspring.models.scoring import cross_entropy_sum
 from headspring.training import counting, loop
 from headspring.training.architectures import TREES, Architecture, Transformer
 from headspring.training.objective import NextToken
@@ -22,6 +25,7 @@ from tests.data.corpora import corpus, make_shards, rows
 from tests.training.conftest import Stream, config
 
 SMALL = {"width": 32, "depth": 2, "heads": 2, "head_dim": 32}
+OBJECTIVES = {"encoder": "masked", "encoder_decoder": "spans", "vaswani": "spans", "headed": "multi_token"}
 RECIPE = """recipe: families
 data:
   sources: {{topics: {{kind: topics, max_documents: 60}}}}
@@ -33,10 +37,15 @@ pretrain:
   objective: {objective}
   steps: 5
   batch_size: 2
-  precision: fp32
   validation_samples: 2
 """
 ROOT = Path(__file__).parents[2]
+
+
+def recipe(model: dict | str, objective: str = "next_token") -> str:
+    """A recipe's text. What is counted takes no word on how to train."""
+    counted = isinstance(model, dict) and model.get("kind") == "ngram"
+    return RECIPE.format(model=model, objective=objective) + ("" if counted else "  precision: fp32\n")
 
 
 def small(kind: str) -> dict:
@@ -47,6 +56,8 @@ def small(kind: str) -> dict:
         mask = {"kind": "full" if kind == "encoder" else "causal"}
         attention = {"kind": "attention", "heads": 2, "mask": mask}
         chosen["layers"] = [{"mixer": attention}, {"mixer": attention, "feedforward": {"kind": "mlp", "hidden": 40}}]
+    if kind == "headed":
+        return {"kind": kind, "body": small("transformer"), "ahead": 2}
     return {"kind": kind, "context": 64, **chosen}
 
 
@@ -55,16 +66,16 @@ def prepared(tmp_path_factory):
     """A run with data, tokenizer and tokens."""
     folder = tmp_path_factory.mktemp("families")
     path = folder / "families.yaml"
-    path.write_text(RECIPE.format(model=small("transformer"), objective="next_token"))
+    path.write_text(recipe(small("transformer")))
     run(path, run_dir=folder / "run", until="tokens", quiet=True)
     return folder
 
 
 @pytest.mark.parametrize("kind", sorted(Architecture.kinds))
 def test_a_recipe_trains_it_and_it_writes(kind, prepared, tmp_path):
-    objective = {"encoder": "masked", "encoder_decoder": "spans", "vaswani": "spans"}.get(kind, "next_token")
+    objective = OBJECTIVES.get(kind, "next_token")
     path = tmp_path / "families.yaml"
-    path.write_text(RECIPE.format(model=small(kind), objective=objective))
+    path.write_text(recipe(small(kind), objective))
     settings = load_recipe(path).step("pretrain").config
     metrics = pretrain(settings, prepared / "run" / "tokens", prepared / "run" / "tokenizer", tmp_path / "out")
     assert metrics["validation_after"]["loss"] < metrics["validation_before"]["loss"]
@@ -109,7 +120,7 @@ def test_every_family_is_a_tree_without_its_vocabulary(name):
     ],
 )
 def test_mistakes_are_named_with_their_line(model, message, tmp_path):
-    (tmp_path / "families.yaml").write_text(RECIPE.format(model=model, objective="next_token"))
+    (tmp_path / "families.yaml").write_text(recipe(model))
     with pytest.raises(UserError) as caught:
         load_recipe(tmp_path / "families.yaml")
     assert message in str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 2
@@ -125,6 +136,49 @@ def test_a_family_that_cannot_have_the_objective_is_refused(kind, objective, mes
         PretrainConfig(model=small(kind), objective=objective)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model": {"kind": "headed"}}, "belong together"),
+        ({"objective": "multi_token"}, "belong together"),
+        ({"model": {"kind": "headed", "body": {"kind": "ngram"}}, "objective": "multi_token"}, "takes no heads"),
+        ({"model": {"kind": "headed", "context": 7}, "objective": "multi_token"}, "is that of body"),
+        ({"model": {"depth": 1}, "objective": "layer_skip"}, "two layers at least"),
+        ({"model": {"kind": "ngram"}, "objective": "layer_skip"}, "two layers at least"),
+        ({"layer_skip": {}}, "layer_skip belongs to objective: layer_skip"),
+        ({"multi_token": {}}, "multi_token belongs to objective: multi_token"),
+    ],
+)
+def test_heads_and_their_objectives_belong_together(config, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        PretrainConfig.model_validate(config)
+
+
+def test_every_layer_learns_to_be_the_last(prepared, tmp_path):
+    """The recipe's objective, with its numbers, and not that of the last layer alone."""
+    path = tmp_path / "families.yaml"
+    path.write_text(recipe(small("transformer"), "layer_skip") + "  layer_skip: {dropout: 0.0, exit_scale: 1.0}\n")
+    settings = load_recipe(path).step("pretrain").config
+    assert vars(settings.minimised()) == {"dropout": 0.0, "exit_scale": 1.0}
+    pretrain(settings, prepared / "run" / "tokens", prepared / "run" / "tokenizer", tmp_path / "out")
+    model, tokens = LanguageModel.load(tmp_path / "out").model, torch.arange(12)[None]
+    first = exit_after(model, 1)
+    early = cross_entropy_sum(first, first(tokens[:, :-1]), tokens[:, 1:])
+    assert early < 0.99 * 11 * math.log(400)  # what an untrained exit knows
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["optimizer: {kind: adamw}", "precision: bf16", "schedule: {kind: cosine}", "minutes: 3", "keep_steps: [3]",
+     "balancing: {}", "device: cpu"],
+)  # fmt: skip
+def test_what_is_counted_takes_no_word_on_training(key, tmp_path):
+    path = tmp_path / "families.yaml"
+    path.write_text(recipe(small("ngram")) + f"  {key}\n")
+    with pytest.raises(UserError, match=f"{key.partition(':')[0]} says how to train, and a model of kind 'ngram' is counted"):
+        load_recipe(path)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "families").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_of_families_can_be_built(path):
     recipe = load_recipe(path)
@@ -137,7 +191,7 @@ def test_the_recipes_of_families_can_be_built(path):
 def test_the_plan_knows_the_parameters_of_the_ledger(prepared):
     path = prepared / "families.yaml"
     for kind in ("ngram", "hybrid"):
-        path.write_text(RECIPE.format(model=small(kind), objective="next_token"))
+        path.write_text(recipe(small(kind)))
         row = next(row for row in plan(path, run_dir=prepared / "run").stages if row.stage == "pretrain")
         model = PretrainConfig(model=small(kind)).described(400).build()
         assert row.estimate.parameters == model.ledger().parameters and row.estimate.seconds > 0

@@ -1,12 +1,13 @@
-"""From logits to the next token: what a request may ask for, and the arithmetic that obeys it.
+"""From logits to the next token: the arithmetic. `SamplingParams` says what may be asked of it.
 
 The order of operations is fixed, and it is that of Hugging Face `generate`, so that equal settings mean equal
 distributions:
 
-    logits → repetition penalty → ÷ temperature → top-k → top-p → min-p → softmax → one uniform number → token
+    logits → penalties → bias → what is allowed → ÷ temperature → top-k → top-p → min-p → softmax → one uniform number → token
 
 Each filter looks at what the previous one left, renormalised. Every filter is a threshold ("keep what is at least as
-likely as the last token inside"), so tokens that tie with that last one stay too, whatever the order of a sort.
+likely as the last token inside"), so tokens that tie with that last one stay too, whatever the order of a sort, and one
+sort serves them all.
 
 Every row of a batch has its own settings and its own stream of uniform numbers, one a token, drawn from a generator
 on the CPU. A request therefore gets the same tokens whatever else shares its batch, and on every device up to the
@@ -16,65 +17,15 @@ rounding of the logits. The token is the inverse of the cumulative distribution 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError, field_validator
 from torch import Tensor
 
-from headspring.artifacts import UserError, Value
+from headspring.inference.sampling_params import ALL, SamplingParams
+from headspring.models.scoring import log_probs_of_logits
 
-
-class SamplingParams(Value):
-    """How one request wants its tokens chosen, and when to stop. Invalid values raise `UserError` through `of`.
-
-    The defaults are the model's own distribution, unchanged."""
-
-    max_tokens: int = Field(256, ge=1)
-    min_tokens: int = Field(0, ge=0, description="no stop token and no stop string counts before this many tokens")
-    temperature: float = Field(1.0, ge=0, description="0 is greedy: the most likely token, the first one of a tie")
-    top_k: int | None = Field(None, ge=1, description="keep the k most likely tokens (arXiv 1805.04833)")
-    top_p: float = Field(1.0, gt=0, le=1, description="keep the fewest tokens with this much mass (arXiv 1904.09751)")
-    min_p: float = Field(0.0, ge=0, le=1, description="keep tokens with p ≥ min_p · max p (arXiv 2407.01082)")
-    repetition_penalty: float = Field(1.0, gt=0, description="of tokens seen so far (arXiv 1909.05858, section 4.1)")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="None takes a new one each time")
-    n: int = Field(1, ge=1, description="answers for each prompt")
-    stop: tuple[str, ...] = Field((), description="the text ends before the first of these strings")
-    stop_token_ids: tuple[int, ...] = Field((), description="beside the tokenizer's own end tokens")
-    ignore_eos: bool = Field(False, description="go on after the tokenizer's own end tokens")
-    logprobs: int | None = Field(None, ge=0, description="also return this many most likely tokens at each step")
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_or_many(cls, stop: Any) -> Any:
-        return (stop,) if isinstance(stop, str) else stop
-
-    @field_validator("stop")
-    @classmethod
-    def _not_empty(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
-        if "" in stop:
-            raise ValueError("a stop string cannot be empty")
-        return stop
-
-    @classmethod
-    def of(cls, **options: Any) -> "SamplingParams":
-        """The params for these options; one clear `UserError` for an unknown or impossible one."""
-        try:
-            return cls(**options)
-        except ValidationError as error:
-            raise UserError(_explain(error.errors()[0], list(cls.model_fields))) from None
-
-
-def _explain(error: Any, names: list[str]) -> str:
-    name = str(error["loc"][0]) if error["loc"] else "options"
-    if error["type"] == "extra_forbidden":
-        near = get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
-        return f"unknown sampling option {name}; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{name}={error['input']!r}: {message[0].lower()}{message[1:]}"
+__all__ = ["ALL", "RowParams", "SamplingParams", "draw", "filtered", "log_probs_of_logits", "most_likely", "penalize", "pick"]
 
 
 @dataclass
@@ -131,15 +82,25 @@ def sample(
         adjusted = penalize(logits, seen, rows.penalty)
     if banned is not None:
         adjusted = adjusted.masked_fill(banned, -torch.inf)
+    ids = pick(adjusted, rows, uniforms)
+    return ids, log_probs_of_logits(logits, ids)
+
+
+def pick(logits: Tensor, rows: RowParams, uniforms: Tensor) -> Tensor:
+    """ids (B,) int64 for logits (B, V) float32, adjusted already, and uniforms (B,) float64 in [0, 1)."""
     if not rows.any_drawn:
-        ids = adjusted.argmax(-1)
-    else:
-        # The best logit at 0: a tiny temperature then sends the others to −inf, and not the best to +inf.
-        scaled = (adjusted - adjusted.amax(-1, keepdim=True)) / rows.temperature
-        ids = draw(filtered(scaled, rows), uniforms)
-        if rows.any_greedy:
-            ids = torch.where(rows.greedy, adjusted.argmax(-1), ids)
-    return ids, logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+        return best(logits)
+    # The best logit at 0: a tiny temperature then sends the others to −inf, and not the best to +inf.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / rows.temperature
+    ids = draw(filtered(scaled, rows), uniforms)
+    return torch.where(rows.greedy, best(logits), ids) if rows.any_greedy else ids
+
+
+def best(logits: Tensor) -> Tensor:
+    """The first of the most likely tokens. On a CPU NumPy needs a twentieth of torch's time."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
 
 
 def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -148,36 +109,42 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return ids, values - logits.logsumexp(-1, keepdim=True)
 
 
-def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+def penalize(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
     """CTRL's penalty: a seen token's logit is divided by it where positive, multiplied where negative."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filtered(logits: Tensor, rows: RowParams) -> Tensor:
     """Logits (B, V) with −inf where top-k, top-p or min-p removes a token."""
-    if rows.any_top_k:
-        logits = keep_top_k(logits, rows.top_k)
-    if rows.any_top_p:
-        logits = keep_top_p(logits, rows.top_p)
+    if not (rows.any_top_k or rows.any_top_p or rows.any_min_p):
+        return logits
+    threshold = torch.full_like(rows.temperature, -torch.inf)
+    if rows.any_top_k or rows.any_top_p:
+        ordered = descending(logits)
+        if rows.any_top_k:
+            threshold = ordered.gather(-1, rows.top_k - 1)
+        if rows.any_top_p:
+            threshold = torch.maximum(threshold, nucleus(at_least(ordered, threshold), rows.top_p))
     if rows.any_min_p:
-        logits = keep_min_p(logits, rows.min_p)
-    return logits
+        threshold = torch.maximum(threshold, logits.amax(-1, keepdim=True) + rows.min_p.log())
+    return at_least(logits, threshold)
 
 
-def keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
-    """The k most likely tokens of each row."""
-    last = descending(logits).gather(-1, k - 1)
-    return logits.masked_fill(logits < last, -torch.inf)
-
-
-def keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
-    """The nucleus: a token stays if the tokens before it, in order of probability, hold less than p."""
-    best = descending(logits)
-    probs = (best - best.logsumexp(-1, keepdim=True)).exp()
+def nucleus(ordered: Tensor, p: Tensor) -> Tensor:
+    """The least likely logit inside, (B, 1): a token stays if the tokens before it, in order of probability, hold less than
+    p. `ordered` (B, V), the largest first."""
+    probs = ordered.softmax(-1)
     before = probs.cumsum(-1) - probs
-    last = best.gather(-1, (before < p).sum(-1, keepdim=True).clamp(min=1) - 1)
+    last = ordered.gather(-1, (before < p).sum(-1, keepdim=True).clamp(min=1) - 1)
     # Rounding may put a mass of "all but nothing" at 1 too early: p = 1 is off, not nearly off.
-    return logits.masked_fill((logits < last) & (p < 1), -torch.inf)
+    return last.masked_fill(p >= 1, -torch.inf)
+
+
+def at_least(logits: Tensor, threshold: Tensor) -> Tensor:
+    """Logits (B, V), −inf where they are below the threshold (B, 1)."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(np.where(logits.numpy() < threshold.numpy(), np.float32(-np.inf), logits.numpy()))
+    return logits.masked_fill(logits < threshold, -torch.inf)
 
 
 def descending(logits: Tensor) -> Tensor:
@@ -186,11 +153,6 @@ def descending(logits: Tensor) -> Tensor:
     if logits.device.type == "cpu":
         return torch.from_numpy(np.sort(logits.numpy(), axis=-1)).flip(-1)
     return logits.sort(dim=-1, descending=True).values
-
-
-def keep_min_p(logits: Tensor, min_p: Tensor) -> Tensor:
-    """Tokens at least min_p times as likely as the most likely one."""
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + min_p.log(), -torch.inf)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:

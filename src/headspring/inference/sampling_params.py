@@ -73,7 +73,6 @@ class SamplingParams(Value):
 
     def _never(self) -> tuple[tuple[bool, str], ...]:
         return (
-            (self.min_tokens > self.max_tokens, "min_tokens is more than max_tokens"),
             (self.structured is not None and self.ignore_eos, "structured text ends by an end token; leave ignore_eos out"),
             (self.structured is not None and self.min_tokens > 0, "structured text has its own length; leave min_tokens out"),
         )

@@ -196,23 +196,28 @@ def causal_attention_plain(
     return scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=grouped)
 
 
-def write_pages(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-    """Store keys and values (N, K, C) at `slots` (N,) int64 of the pages keys (P, K, 32, C) and values (P, K, C, 32)."""
-    pages, places = slots // keys.shape[2], slots % keys.shape[2]
-    keys[pages, :, places], values[pages, :, :, places] = k, v
+def write_pages(k: torch.Tensor, v: torch.Tensor, pages: "Pages", slots: torch.Tensor) -> None:
+    """Store keys and values (N, K, C) at `slots` (N,) int64 (page · 32 + place in it) of a layer's pages."""
+    if pages_natively(k, pages):
+        built().write_pages(k, v, pages, slots)
+    else:
+        pages.store(k, v, slots)
 
 
-def pages_natively(q: torch.Tensor, pages: "Pages") -> bool:
-    """Whether `paged_attention` applies to queries like these."""
-    return False
+def pages_natively(x: torch.Tensor, pages: "Pages") -> bool:
+    """Whether the operators on pages apply to queries, keys or values like `x` (…, C)."""
+    return use_products(x, x.shape[-1]) and pages.keys.dtype in (x.dtype, torch.int8) and not x.requires_grad
 
 
 def paged_attention(
     q: torch.Tensor, pages: "Pages", ragged: "Ragged", window: int | None = None, scale: float | None = None
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale) v of the row's queries q (N, H, C), each over the keys of its own sequence up to itself (the last
-    `window` of them), which lie in pages → (N, H, C)."""
-    raise NotImplementedError
+    `window` of them), which lie in pages → (N, H, C). `scale` defaults to 1 / sqrt(C).
+
+    Only where `pages_natively`; the rows are then those of `causal_attention` over the whole sequence, bit for bit.
+    """
+    return built().paged_attention(q, pages, ragged, window, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _rows_in_one_piece(x: torch.Tensor) -> torch.Tensor:

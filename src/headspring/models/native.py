@@ -15,15 +15,22 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from headspring.artifacts.environment import processor_name
+from headspring.models import native_pages
+
+if TYPE_CHECKING:
+    from headspring.models.paged import Pages
+    from headspring.models.ragged import Ragged
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("native.cpp", "native_attention.cpp", "native_linear.cpp", "native_muon.cpp")
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("native", "native_attention", "native_linear", "native_muon", "native_paged")
 )
-HEADERS = (Path(__file__).with_name("native_products.h"),)
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("native_products", "native_softmax", "native_paged"))
 # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning, which -ffast-math would not promise.
 FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
@@ -218,6 +225,14 @@ class Library:
         first = None if first is None else first.expand(batch, time).contiguous()
         pointers = [_pointer(x) for x in (views, log_sums, first, sizes)]
         getattr(self._handle, name)(ctypes.c_int(torch.get_num_threads()), *pointers, ctypes.c_float(channels**-0.5))
+
+    def paged_attention(
+        self, q: torch.Tensor, pages: "Pages", ragged: "Ragged", window: int | None, scale: float
+    ) -> torch.Tensor:
+        return native_pages.attend(self._handle, q, pages, ragged, window, scale)
+
+    def write_pages(self, k: torch.Tensor, v: torch.Tensor, pages: "Pages", slots: torch.Tensor) -> None:
+        native_pages.write(self._handle, k, v, pages, slots)
 
     def add_weight_gradient(self, gradient: torch.Tensor, x: torch.Tensor, total: torch.Tensor, *, fresh: bool) -> None:
         """total (O, I) float32 += gradientᵀ x, or = where `fresh`. gradient (N, O) and x (N, I) bfloat16, O and I multiples

@@ -28,7 +28,12 @@ class Pages:
 
     def write(self, k: torch.Tensor, v: torch.Tensor, ragged: Ragged) -> None:
         """Store the keys and values (N, K, C) of the row's tokens."""
-        kernels.write_pages(k, v, self.keys, self.values, ragged.slots(self.group))
+        kernels.write_pages(k, v, self, ragged.slots(self.group))
+
+    def store(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """The definition of `kernels.write_pages`."""
+        pages, places = slots // PAGE, slots % PAGE
+        self.keys[pages, :, places], self.values[pages, :, :, places] = k, v
 
     def gather(self, number: int, ragged: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values of one sequence, those of this step included, (1, K, S, C) each."""
@@ -66,10 +71,9 @@ class Int8Pages(Pages):
         self.key_scales = torch.zeros(count, kv_heads, PAGE, dtype=torch.float32, device=device)
         self.value_scales = torch.zeros(count, kv_heads, PAGE, dtype=torch.float32, device=device)
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, ragged: Ragged) -> None:
+    def store(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         (k, k_scales), (v, v_scales) = quantized(k), quantized(v)
-        slots = ragged.slots(self.group)
-        kernels.write_pages(k, v, self.keys, self.values, slots)
+        super().store(k, v, slots)
         pages, places = slots // PAGE, slots % PAGE
         self.key_scales[pages, :, places], self.value_scales[pages, :, places] = k_scales, v_scales
 

@@ -54,6 +54,11 @@ def log_probs(model: HasHead, hidden: torch.Tensor, targets: torch.Tensor) -> to
     return torch.zeros(targets.shape, device=hidden.device).masked_scatter(targets != IGNORE, values)
 
 
+def log_probs_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p(target) in nats, (N,) float32, of logits (N, V) float32 that were made already; by the same sums as `log_probs`."""
+    return -_losses_and_gradient(logits.clone(), targets)[0]
+
+
 def _kept(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows (N, D) and targets (N,) that carry a loss."""
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)

@@ -24,7 +24,8 @@ class Sites:
 
     def __init__(self, owners: Mapping[str, tuple[PartModule, tuple[str, ...]]]):
         self._owners = dict(owners)
-        self.names = tuple(self._join(prefix, name) for prefix, (_, names) in owners.items() for name in names)
+        self._places = {self._join(prefix, name): (prefix, name) for prefix, (_, names) in owners.items() for name in names}
+        self.names = tuple(self._places)
         # Those that only the readable path forms: looking at them may change last bits.
         self.plain = {self._join(prefix, name) for prefix, (module, _) in owners.items() for name in module.plain_sites}
 
@@ -50,27 +51,30 @@ class Sites:
             seen[wanted[site]] = value
             return value
 
-        with self._tapped(wanted, look):
+        with self.tapped(wanted, look):
             yield seen
 
     @contextmanager
     def edit(self, edits: Mapping[str, Edit]) -> Iterator[None]:
         """Inside the block, each named site's activation is replaced by what its function makes of it."""
         functions = {self.resolve(name): function for name, function in edits.items()}
-        with self._tapped(functions, lambda site, value: functions[site](value)):
+        with self.tapped(functions, lambda site, value: functions[site](value)):
             yield
 
     @contextmanager
-    def _tapped(self, sites: Iterable[str], see: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """Put a tap on every owner of one of the `sites`, after the taps that are there already."""
-        sites = set(sites)
+    def tapped(self, sites: Iterable[str], see: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Inside the block, each of `sites` (canonical names) goes on with what `see(site, value)` gives. The taps that are
+        there already come first; modules without one of the sites are not touched."""
+        mine: dict[str, dict[str, str]] = {}
+        for site in sites:
+            prefix, name = self._places[site]
+            mine.setdefault(prefix, {})[name] = site
         before = []
-        for prefix, (module, names) in self._owners.items():
-            mine = {name: self._join(prefix, name) for name in names if self._join(prefix, name) in sites}
-            if mine:
-                before.append((module, module.tap, module.watched))
-                module.tap = _chain(module.tap, mine, see)
-                module.watched |= set(mine)
+        for prefix, names in mine.items():
+            module, _ = self._owners[prefix]
+            before.append((module, module.tap, module.watched))
+            module.tap = _chain(module.tap, names, see)
+            module.watched |= set(names)
         try:
             yield
         finally:

@@ -18,6 +18,9 @@ from headspring.data.packing import PackedTokens
 from headspring.models.ngram import NGram, NGramModule
 
 SECONDS_PER_TOKEN = 5e-6  # counting five orders, on a slow core
+READS = frozenset(  # of a pretrain stage's config: what decides which text is counted, and what measures it afterwards
+    ("model", "objective", "steps", "batch_size", "sequence_length", "mixture", "packing", "document_mask", "validation_samples")
+)
 
 
 def begun(config: NGram, bos: int | None) -> NGram:

@@ -5,25 +5,76 @@
     Values      (v − score)² of tokens
     Labels      −log p(label) of texts
 
-All run through `training.loop.train`; the head each one trains is found in the model.
+All run through `training.loop.train`; the head each one trains is found in the model. The first two are objectives of a
+recipe's pretrain stage, and `WithHeads` is what it writes for a model that looks ahead.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 
 from headspring.artifacts.errors import UserError
+from headspring.artifacts.value import Value
 from headspring.data.batch import IGNORE
 from headspring.data.rows import LabelledBatch, ScoredBatch
 from headspring.models.early_exit import stack_of
-from headspring.models.heads import ClassifierModule, MultiTokenModule, ValueHeadModule, find_head
+from headspring.models.heads import ClassifierModule, Headed, MultiToken, MultiTokenModule, ValueHeadModule, find_head
 from headspring.models.model import ModelModule
 from headspring.models.pooling import pool
 from headspring.models.scoring import cross_entropy_sum
+from headspring.models.stack import Stack
+from headspring.training.architectures import Architecture, Transformer
 from headspring.training.objective import NextToken
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+# ---- in a recipe
+
+
+class WithHeads(Architecture):
+    """Any decoder (`body`) that also guesses the `ahead` tokens after the next one, each by a block like the body's last.
+    `chained` blocks read the tokens in between (arXiv 2412.19437), others the hidden state alone (arXiv 2404.19737)."""
+
+    kind: Literal["headed"] = "headed"
+    body: Architecture = Transformer()
+    ahead: int = Field(1, gt=0)
+    chained: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_as_long_as_its_body(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        body = Architecture.choose(value.get("body", {}))
+        if value.get("context", body.context) != body.context:
+            raise ValueError(f"context ({value['context']}) is that of body ({body.context}); leave it out")
+        return {**value, "context": body.context, "body": body}
+
+    def decoder(self, vocab: int) -> Headed:
+        body = self.body.decoder(vocab)
+        if not isinstance(body, Stack):
+            raise UserError(f"a model of kind {self.body.kind!r} takes no heads; the body of kind headed is a decoder of blocks")
+        head = MultiToken(ahead=self.ahead, chained=self.chained, block=body.layers[-1])
+        return Headed(vocab=body.vocab, width=body.width, context=body.context, body=body, heads={"ahead": head})
+
+
+class LookingAhead(Value):
+    """What objective: multi_token trains beside the next token: `weight` times the mean loss of the tokens after it."""
+
+    weight: float = Field(0.3, gt=0)
+
+
+class LeavingEarly(Value):
+    """How objective: layer_skip trains every layer to be the last; see `LayerSkip`."""
+
+    dropout: float = Field(0.1, ge=0, lt=1)
+    exit_scale: float = Field(0.2, ge=0)
+
+
+# ---- objectives
 
 
 class Ahead(NextToken):

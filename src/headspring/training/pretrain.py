@@ -16,14 +16,17 @@ from headspring.data.packing import PackedTokens
 from headspring.data.shards import TokenShards
 from headspring.data.spans import CorruptedSpans, SpanCorruption
 from headspring.models import save_model
+from headspring.models.heads import Headed
 from headspring.models.model import Model, ModelModule
 from headspring.models.ngram import NGram, NGramModule
+from headspring.models.stack import Stack
 from headspring.tokenization.tokenizer import Tokenizer
 from headspring.training import counting, distributed
-from headspring.training.architectures import Architecture, Transformer
+from headspring.training.architectures import Architecture, Counting, Transformer
 from headspring.training.balancing import Balancing, balanced
 from headspring.training.callbacks import Validation
 from headspring.training.config import TrainConfig
+from headspring.training.heads import Ahead, LayerSkip, LeavingEarly, LookingAhead
 from headspring.training.loop import DTYPES, measured_seconds, train, training_flops
 from headspring.training.masked import MaskedTokens, masked_validation
 from headspring.training.measure import matmul_flops
@@ -32,19 +35,28 @@ from headspring.training.span_corruption import begins_answers, span_validation
 
 Measure = Callable[[], dict[str, float]]
 ANY_VOCAB = 1024  # that of a model which is only looked at
+DETAILS = (  # key → the objective it belongs to, and what that trains
+    ("masking", "masked", "an encoder"),
+    ("spans", "spans", "an encoder–decoder"),
+    ("multi_token", "multi_token", "a model of kind headed"),
+    ("layer_skip", "layer_skip", "a decoder"),
+)
 
 
 class PretrainConfig(TrainConfig):
     """Model, data mixture and training of the pretrain stage. `sequence_length` defaults to the model's context.
 
     `objective: masked` trains an encoder to guess the tokens that `masking` hides; `next_token`, a decoder; `spans`, an
-    encoder–decoder to write what `spans` takes out. `balancing` says how a mixture of experts is kept busy.
+    encoder–decoder to write what `spans` takes out; `multi_token`, a decoder with a head that looks further ahead;
+    `layer_skip`, a decoder that can be left after any layer. `balancing` says how a mixture of experts is kept busy.
     """
 
     model: Architecture = Transformer()
-    objective: Literal["next_token", "masked", "spans"] = "next_token"
+    objective: Literal["next_token", "masked", "spans", "multi_token", "layer_skip"] = "next_token"
     masking: Masking | None = None
     spans: SpanCorruption | None = None
+    multi_token: LookingAhead | None = None
+    layer_skip: LeavingEarly | None = None
     sequence_length: int | None = Field(None, gt=1)
     mixture: Mixture | None = None
     balancing: Balancing | None = None
@@ -52,17 +64,20 @@ class PretrainConfig(TrainConfig):
     validation_samples: int = Field(64, gt=0)
 
     @model_validator(mode="after")
-    def _masking_is_for_encoders(self) -> "PretrainConfig":
-        if self.masking is not None and self.objective != "masked":
-            raise ValueError("masking belongs to objective: masked; leave it out, or train an encoder")
+    def _details_are_of_the_objective(self) -> "PretrainConfig":
+        for name, objective, of in DETAILS:
+            if getattr(self, name) is not None and self.objective != objective:
+                raise ValueError(f"{name} belongs to objective: {objective}; leave it out, or train {of}")
+        if self.objective == "spans" and self.packing != "concat":
+            raise ValueError("objective: spans needs packing: concat, as pads are no text to take out")
         return self
 
     @model_validator(mode="after")
-    def _spans_are_for_encoder_decoders(self) -> "PretrainConfig":
-        if self.spans is not None and self.objective != "spans":
-            raise ValueError("spans belongs to objective: spans; leave it out, or train an encoder–decoder")
-        if self.objective == "spans" and self.packing != "concat":
-            raise ValueError("objective: spans needs packing: concat, as pads are no text to take out")
+    def _counting_uses_it(self) -> "PretrainConfig":
+        """What is counted has no optimizer: a key that only training would read is refused, not ignored."""
+        unread = sorted(self.model_fields_set - counting.READS)
+        if isinstance(self.model, Counting) and unread:
+            raise ValueError(f"{unread[0]} says how to train, and a model of kind 'ngram' is counted: leave it out")
         return self
 
     @model_validator(mode="after")
@@ -76,7 +91,23 @@ class PretrainConfig(TrainConfig):
         """The model to train. Raises `UserError` where its family cannot have this objective."""
         if self.objective == "spans":
             return self.model.encoder_decoder(vocab, start=0)
-        return self.model.encoder(vocab) if self.objective == "masked" else self.model.decoder(vocab)
+        if self.objective == "masked":
+            return self.model.encoder(vocab)
+        model = self.model.decoder(vocab)
+        if isinstance(model, Headed) != (self.objective == "multi_token"):
+            raise UserError("a model of kind 'headed' and objective: multi_token belong together: only it trains the head")
+        if self.objective == "layer_skip" and (not isinstance(model, Stack) or len(model.layers) < 2):
+            raise UserError("objective: layer_skip trains a decoder of two layers at least to be left after each")
+        return model
+
+    def minimised(self) -> Objective:
+        """What the loop minimises, but for the balance of experts."""
+        if self.objective == "multi_token":
+            return Ahead((self.multi_token or LookingAhead()).weight)
+        if self.objective == "layer_skip":
+            how = self.layer_skip or LeavingEarly()
+            return LayerSkip(how.dropout, how.exit_scale)
+        return MaskedTokens() if self.objective == "masked" else NextToken()
 
 
 def pretrain(
@@ -93,20 +124,19 @@ def pretrain(
     model = _begun(config.described(tokenizer.vocab_size), tokenizer).build(seed)
     samples = config.steps * config.batch_size
     packed = PackedTokens(shards, "train", length, config.mixture or Mixture(), seed, config.packing, samples)
-    objective: Objective
     data: SampleSource
     if config.objective == "masked":
-        objective, data = MaskedTokens(), MaskedSamples(packed, tokenizer, config.masking or Masking(), seed)
+        data = MaskedSamples(packed, tokenizer, config.masking or Masking(), seed)
         measure = _masked_validation(model, shards, tokenizer, length, config)
     elif config.objective == "spans":
-        objective, data = NextToken(), CorruptedSpans(packed, tokenizer, config.spans or SpanCorruption(), seed)
+        data = CorruptedSpans(packed, tokenizer, config.spans or SpanCorruption(), seed)
         measure = _span_validation(model, shards, tokenizer, length, config)
     else:
-        objective, data, measure = NextToken(), packed, validation(model, shards, length, config)
+        data, measure = packed, validation(model, shards, length, config)
     if distributed.rank() == 0:
         _save(model, tokenizer, folder / "initial")
     before = measure()
-    objective, balancing = balanced(model, objective, config.balancing)
+    objective, balancing = balanced(model, config.minimised(), config.balancing)
     if isinstance(model, NGramModule):
         trained = counting.count(model, packed)
     else:
@@ -121,7 +151,7 @@ def pretrain(
         **trained,
         "validation_before": before,
         "validation_after": after,
-        "compute_dtype": config.precision,
+        "compute_dtype": "fp32" if model.config.counted else config.precision,
         "mixture": packed.tree(),
     }
 
@@ -194,11 +224,10 @@ def _seconds_per_token(config: PretrainConfig, model: ModelModule, length: int) 
     """Of a forward and backward pass on random tokens."""
     rows = min(config.batch_size, config.micro_batch_size or config.batch_size, 8)
     ids = torch.randint(0, model.config.vocab, (rows, length))
-    masked = config.objective == "masked"
-    share = (config.masking or Masking()).share if masked else 1.0  # of tokens that need a row of logits
+    share = (config.masking or Masking()).share if config.objective == "masked" else 1.0  # of tokens that need logits
     batch = Batch(ids, ids.where(torch.rand(ids.shape) < share, IGNORE))
     if config.objective == "spans":
         taken, spans = (config.spans or SpanCorruption()).counts(length)
         answer = ids[:, : taken + spans + 1]
         batch = Batch(answer, answer, source=ids[:, : length - taken + spans])
-    return measured_seconds(model, MaskedTokens() if masked else NextToken(), batch, config.precision) / ids.numel()
+    return measured_seconds(model, config.minimised(), batch, config.precision) / ids.numel()

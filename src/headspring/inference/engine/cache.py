@@ -140,6 +140,14 @@ class Cache:
             table.extend(self._take(number) for _ in range(want - have))
         return copies
 
+    def has_room(self, sequence: Sequence, chunk: int) -> bool:
+        """Whether there are pages for all tokens that a sequence has, when `chunk` of them are written at a time."""
+        for number, (group, pool) in enumerate(zip(self.groups, self.pools, strict=True)):
+            held = sum(page != GONE for page in sequence.tables[number]) if sequence.tables else 0
+            if group.most_pages(len(sequence.tokens), chunk) - held > pool.available:
+                return False
+        return True
+
     def _own(self, sequence: Sequence, number: int, page: int) -> Copy:
         """Give a sequence a page of its own in the place of one that others hold too."""
         table = sequence.tables[number]
@@ -166,7 +174,7 @@ class Cache:
         """Forget what was computed after the first `length` tokens."""
         self._drop_after(sequence, math.ceil(length / PAGE))
         sequence.computed = length
-        del sequence.nodes[length // PAGE :]
+        assert len(sequence.nodes) * PAGE <= length, "a page that others may read would be written to"
 
     def release(self, sequence: Sequence) -> None:
         """Give everything back."""

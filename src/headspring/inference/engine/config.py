@@ -1,10 +1,10 @@
 """What an engine may use: memory, sequences at a time, tokens a step, places in its queue."""
 
-from typing import Literal
+from typing import Literal, Self
 
 import psutil
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from headspring.artifacts import UserError, Value
 
@@ -26,6 +26,12 @@ class EngineConfig(Value):
     prefix_sharing: bool = Field(True, description="keep pages of what was read, for prompts that begin alike")
     speculation: Value | None = Field(None, description="a value of `inference.speculation`; no token changes by it")
     debug: bool = Field(False, description="check the books of the cache after every step")
+
+    @model_validator(mode="after")
+    def _a_token_for_each(self) -> Self:
+        if self.chunk < self.max_sequences:
+            raise ValueError(f"a step of chunk={self.chunk} tokens has none for some of max_sequences={self.max_sequences} answers")
+        return self
 
 
 def default_memory(device: torch.device) -> int:

@@ -61,6 +61,16 @@ class Job:
         """Whether it has ended, one way or another."""
         return self.outcome is not None
 
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt's own tokens are asked for."""
+        return getattr(self.params, "prompt_logprobs", None) is not None
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether tokens that the cache knows need not be computed: nobody looks at what they make."""
+        return not self.wants_prompt and not getattr(self.edits, "captures", False)
+
     def end(self, outcome: Outcome, error: Exception | None = None) -> None:
         """The one end of a job. Only the engine calls this, having freed what the job held."""
         assert self.outcome is None, f"job {self.number} ended as {self.outcome!r} and ends again as {outcome!r}"

@@ -24,7 +24,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.work: dict[Sequence, Work] = {}
-        self.copies: dict[Sequence, list[Copy]] = {}
+        self.copies: list[tuple[Sequence, Copy]] = []  # in the order in which pages were given
         self.budget = 0
         self.preemptions = 0
 
@@ -52,7 +52,7 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """The work of the next step; empty only where nothing is left to do."""
-        self.work, self.copies, self.budget = {}, {}, self.chunk
+        self.work, self.copies, self.budget = {}, [], self.chunk
         before = self.preemptions
         for single in (True, False):
             for sequence in list(self.running):
@@ -69,7 +69,7 @@ class Scheduler:
         proposals = proposals[: self.budget]
         copies = self.cache.reserve(work.sequence, work.count + len(proposals)) if proposals else None
         if copies is not None:
-            self.copies[work.sequence] = self.copies.get(work.sequence, []) + copies
+            self.copies += [(work.sequence, copy) for copy in copies]
             work.sequence.proposals = proposals
             work.count, work.rows = work.count + len(proposals), work.rows + len(proposals)
             self.budget -= len(proposals)
@@ -87,8 +87,7 @@ class Scheduler:
         copies = self.cache.reserve(sequence, count)
         if copies is None:
             return False
-        if copies:
-            self.copies[sequence] = copies
+        self.copies += [(sequence, copy) for copy in copies]
         self.work[sequence] = Work(sequence, count)
         self.budget -= count
         return True
@@ -97,7 +96,7 @@ class Scheduler:
         """Take everything from a running sequence; it waits again, at its rank."""
         if (lost := self.work.pop(sequence, None)) is not None:
             self.budget += lost.count
-        self.copies.pop(sequence, None)
+        self.copies = [(owner, copy) for owner, copy in self.copies if owner is not sequence]
         self.running.remove(sequence)
         sequence.running = False
         self.cache.release(sequence)
@@ -114,11 +113,27 @@ class Scheduler:
                 continue
             del self.waiting[0]
             self._start(sequence)
-            self._give(sequence, min(sequence.uncomputed, self.budget))
+            given = self._give(sequence, min(sequence.uncomputed, self.budget))
+            assert given or not sequence.uncomputed
 
     def _fits(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its known prefix; whether there are pages for all that it has to compute now."""
-        if not sequence.tables and sequence.job.shares_prefix:
+        if sequence.job.reads_prefix:
             self.cache.match(sequence)
-        if sequence.computed and sequence.job.keeps_rows
-        raise NotImplementedError
+        if self.cache.has_room(sequence, self.chunk):
+            return True
+        self.cache.release(sequence)
+        return False
+
+    def _yields_to(self, sequence: Sequence) -> bool:
+        """Preempt the last running sequence if it is of lower priority."""
+        if not self.running or self.running[-1].job.priority >= sequence.job.priority:
+            return False
+        self.preempt(self.running[-1])
+        return True
+
+    def _make_way(self) -> None:
+        """All that run wait for siblings that do not (beam search), and keep their logits without pages: let those run."""
+        for sequence in list(self.running):
+            self.preempt(sequence)
+        self._admit()

@@ -1,0 +1,160 @@
+// Products with packed weights on AMX: tiles of 16 rows by 16 outputs. Part of native_product.h, which says what is computed.
+//
+// Blocks of 32 rows by one panel of 32 outputs: tiles 0–3 hold sums, 4 and 5 rows of x, 6 and 7 weights. The last rows take
+// tiles with fewer rows, so that nothing is read or written beside x and y; a row's own arithmetic is the same.
+
+#pragma once
+
+// The tile registers for blocks of `upper` + `lower` rows; `depth` lines (of 32 bits) of weights in a tile.
+struct Shape {
+    Shape(int64_t upper, int64_t lower, int64_t depth) {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        } shape;
+        auto set = [&](int tile, int64_t rows, int64_t bytes) {
+            shape.rows[tile] = uint8_t(rows);
+            shape.row_bytes[tile] = uint16_t(rows ? bytes : 0);
+        };
+        set(0, upper, 64);
+        set(1, upper, 64);
+        set(2, lower, 64);
+        set(3, lower, 64);
+        set(4, upper, depth * 4);
+        set(5, lower, depth * 4);
+        set(6, depth, 64);
+        set(7, depth, 64);
+        _tile_loadconfig(&shape);
+    }
+    ~Shape() { _tile_release(); }
+};
+
+// Sums (32, 32) of one block into `sums`: `lines` lines of a panel from `weights`, `depth` at a time. TWO: rows below 16 exist.
+template <bool WHOLE, bool TWO>
+static inline void tile_sums(const uint8_t *x, int64_t ld, const uint8_t *weights, int64_t lines, int64_t depth, void *sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (TWO) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t line = 0; line < lines; line += depth) {
+        _tile_loadd(4, x + line * 4, ld);
+        _tile_loadd(6, weights + line * 128, 128);
+        _tile_loadd(7, weights + line * 128 + 64, 128);
+        if (TWO) _tile_loadd(5, x + 16 * ld + line * 4, ld);
+        if (WHOLE) {
+            _tile_dpbsud(0, 4, 6);
+            _tile_dpbsud(1, 4, 7);
+            if (TWO) {
+                _tile_dpbsud(2, 5, 6);
+                _tile_dpbsud(3, 5, 7);
+            }
+        } else {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (TWO) {
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+    }
+    uint8_t *to = (uint8_t *)sums;
+    _tile_stored(0, to, 128);
+    _tile_stored(1, to + 64, 128);
+    if (TWO) {
+        _tile_stored(2, to + 16 * 128, 128);
+        _tile_stored(3, to + 16 * 128 + 64, 128);
+    }
+}
+
+template <bool TWO, class T>
+static inline void pair_block(const Packed &w, const Scratch &scratch, int64_t row, int64_t rows, int64_t p,
+                              const Output<T> &out) {
+    alignas(64) float sums[32 * PANEL];
+    tile_sums<false, TWO>((const uint8_t *)(scratch.x + row * scratch.ld), scratch.ld * 2, w.panel(p), w.padded() / 2, 16, sums);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t half = 0; half < 2; half++)
+            out.put(row + r, p * PANEL + half * 16, read<floats>(sums + r * PANEL + half * 16));
+}
+
+// `weights`: the panel with 8 bits a value.
+template <bool TWO, class T>
+static inline void integer_block(const Packed &w, const Scratch &scratch, const uint8_t *weights, int64_t row, int64_t rows,
+                                 int64_t p, const Output<T> &out) {
+    alignas(64) int32_t sums[32 * PANEL];
+    alignas(64) float totals[32 * PANEL] = {};
+    const int64_t groups = w.groups(), lines = w.padded() / 4 / groups, depth = std::min<int64_t>(lines, 16);
+    const uint8_t *x = (const uint8_t *)scratch.bytes() + row * scratch.ld;
+    for (int64_t g = 0; g < groups; g++) {
+        tile_sums<true, TWO>(x + g * lines * 4, scratch.ld, weights + g * lines * 128, lines, depth, sums);
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t of_row = (row + r) * groups + g;
+            const __m512i start = _mm512_set1_epi32(scratch.starts()[of_row]);
+            for (int64_t half = 0; half < 2; half++) {
+                const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + r * PANEL + half * 16), start);
+                const int64_t n = p * PANEL + half * 16, at = (p * groups + g) * PANEL + half * 16;
+                float *total = totals + r * PANEL + half * 16;
+                if (w.kind == INT8)
+                    out.put(row + r, n, scaled(sum, row + r, n, w, scratch));
+                else
+                    write(total, with_group(read<floats>(total), sum, scratch.scales()[of_row], scratch.sums()[of_row],
+                                            w.scales + at, w.minimums ? w.minimums + at : nullptr));
+            }
+        }
+    }
+    for (int64_t r = 0; w.kind == GROUPS && r < rows; r++)
+        for (int64_t half = 0; half < 2; half++)
+            out.put(row + r, p * PANEL + half * 16, read<floats>(totals + r * PANEL + half * 16));
+}
+
+static inline void unpack_fours(const uint8_t *panel, int64_t lines, uint8_t *bytes) {
+    for (int64_t line = 0; line < lines; line++) {
+        __m512i low, high;
+        weights_of<4>(panel, line, low, high);
+        _mm512_storeu_si512(bytes + line * 128, low);
+        _mm512_storeu_si512(bytes + line * 128 + 64, high);
+    }
+}
+
+template <class T>
+static inline void tile_rows(const Packed &w, const Scratch &scratch, const uint8_t *weights, int64_t row, int64_t rows,
+                             int64_t p, const Output<T> &out) {
+    if (w.kind == BF16)
+        rows > 16 ? pair_block<true>(w, scratch, row, rows, p, out) : pair_block<false>(w, scratch, row, rows, p, out);
+    else
+        rows > 16 ? integer_block<true>(w, scratch, weights, row, rows, p, out)
+                  : integer_block<false>(w, scratch, weights, row, rows, p, out);
+}
+
+// Rows and panels that one thread computes.
+template <class T>
+static inline void product_block(const Packed &w, const Scratch &scratch, int64_t row, int64_t end, int64_t panel,
+                                 int64_t last_panel, const Output<T> &out) {
+    constexpr int64_t FEW = 4;  // rows for which dot products are as fast as tiles
+    if (w.kind != BF16 && end - row <= FEW) {
+        for (int64_t p = panel; p < last_panel; p++)
+            w.bits == 8 ? integer_rows<8>(w, scratch, row, end, p, out) : integer_rows<4>(w, scratch, row, end, p, out);
+        return;
+    }
+    const int64_t depth = w.kind == GROUPS ? std::min<int64_t>(w.group / 4, 16) : 16, whole = row + (end - row) / 32 * 32;
+    Buffer<uint8_t> unpacked(w.bits == 4 ? w.padded() * PANEL : 0);
+    auto weights_at = [&](int64_t p) -> const uint8_t * {
+        if (w.bits == 8 || w.kind == BF16) return w.panel(p);
+        unpack_fours(w.panel(p), w.padded() / 4, unpacked.data);
+        return unpacked.data;
+    };
+    if (row < whole) {
+        Shape shape(16, 16, depth);
+        for (int64_t p = panel; p < last_panel; p++) {
+            const uint8_t *weights = weights_at(p);
+            for (int64_t r = row; r < whole; r += 32) tile_rows(w, scratch, weights, r, 32, p, out);
+        }
+    }
+    if (whole < end) {
+        const int64_t rest = end - whole;
+        Shape shape(std::min<int64_t>(rest, 16), std::max<int64_t>(rest - 16, 0), depth);
+        for (int64_t p = panel; p < last_panel; p++) tile_rows(w, scratch, weights_at(p), whole, rest, p, out);
+    }
+}

@@ -1,0 +1,67 @@
+"""A weight matrix as whole numbers: w[o, i] = scales[o, g] · values[o, i] (+ minimums[o, g]), g = ⌊i / group⌋.
+
+This is what rounding, GPTQ, a GGUF block format and a quantized folder all give, before `packed` puts it in the order in
+which a product reads it. It says nothing of how the numbers were found, and nothing of how they are stored:
+
+| from | bits | group | minimums |
+| --- | --- | --- | --- |
+| int8 by output channel | 8 | all inputs | no |
+| int4 | 4 | 16 … 256 | as wanted |
+| GGUF Q8_0 · Q5_0 | 8 | 32 | no |
+| GGUF Q4_0 | 4 | 32 | no |
+| GGUF Q4_1, Q4_K · Q5_1, Q5_K | 4 · 8 | 32 | yes |
+| GGUF Q6_K | 8 | 16 | no |
+
+Values are −128 … 127 in 8 bits and −8 … 7 in 4, or 0 … 15 where there are minimums.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+SIGNED, UNSIGNED = (-8, 7), (0, 15)  # four bits
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedMatrix:
+    """`values` (O, I) int8, `scales` and `minimums` (O, G) float32, with G a divisor of I."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    minimums: torch.Tensor | None
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outputs, inputs = self.values.shape
+        return outputs, inputs
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.values.shape[1] // self.scales.shape[1]
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether it is plain int8: one scale for each output and nothing else."""
+        return self.bits == 8 and self.scales.shape[1] == 1 and self.minimums is None
+
+    def dequantized(self) -> torch.Tensor:
+        """(O, I) float32, exactly the formula of this file: rounded after the product, and after the sum."""
+        wide = self.values.float().unflatten(1, (-1, self.group))
+        wide = wide.mul_(self.scales[:, :, None])
+        return (wide if self.minimums is None else wide.add_(self.minimums[:, :, None])).flatten(1)
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """(…, I) float32 of outputs (…) int64: what an embedding reads."""
+        flat = indices.reshape(-1)
+        minimums = None if self.minimums is None else self.minimums[flat]
+        chosen = QuantizedMatrix(self.values[flat], self.scales[flat], minimums, self.bits)
+        return chosen.dequantized().view(*indices.shape, -1)
+
+    def split(self, sizes: Sequence[int]) -> "list[QuantizedMatrix]":
+        """Runs of so many outputs."""
+        minimums = [None] * len(sizes) if self.minimums is None else self.minimums.split(list(sizes))
+        parts = zip(self.values.split(list(sizes)), self.scales.split(list(sizes)), minimums, strict=True)
+        return [QuantizedMatrix(values, scales, minimum, self.bits) for values, scales, minimum in parts]
