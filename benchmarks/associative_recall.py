@@ -4,8 +4,8 @@
 
 A row shows 1, 2, 4, 8 or 16 pairs of a key and a value, one token a pair, and then asks for each key in another order: which
 value? (Multi-query associative recall, arXiv 2312.04927; there a pair is two tokens, so that a model must also learn to join
-them, which is a question of layers and not of memory.) Keys and values are of 16 kinds each: chance is 1/16, and 16 pairs are 64
-bits. Models of one layer are trained on all numbers of pairs in equal parts and asked for each. The size of a memory is what
+them, which is a question of layers and not of memory.) Keys and values are of 16 kinds each: chance is 1/16, and 16 pairs are
+64 bits. Models of one layer are trained on all numbers of pairs in equal parts and asked for each. The size of a memory is what
 the model's own state holds, in numbers: of a whole row, convolutions included; attention's grows with the row.
 
 Writes benchmarks/results/associative_recall.json and docs/images/associative_recall.png.

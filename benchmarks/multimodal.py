@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from headspring.data.media import DIRECTIONS, RATE, Digits, digits, film, tones
+from headspring.data.media_questions import BEATS, NAMES, PITCHES
 from headspring.data.multimodal import Example, example, join_examples
 from headspring.data.rows import Rows
 from headspring.inference.multimodal import answer
@@ -40,9 +41,6 @@ from headspring.training.loop import train
 from headspring.training.multimodal import Answers
 from headspring.training.optimizers import AdamW
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PITCHES = {"low": 250.0, "middle": 600.0, "high": 1400.0}
-BEATS = {"one": 1, "two": 2, "three": 3, "four": 4}
 Question = tuple[str, str]  # and the answer to it
 
 

@@ -18,7 +18,7 @@ from headspring.models.dialects.gguf import import_gguf
 from headspring.models.folder import is_native, load_model
 from headspring.models.model import ModelModule
 
-MODEL_KINDS = ("pretrain", "sft", "preference", "contrastive")  # in the order of the line
+MODEL_KINDS = ("pretrain", "sft", "preference", "contrastive", "multimodal")  # in the order of the line
 BASE_KINDS = ("pretrain",)  # these have never seen a conversation
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}

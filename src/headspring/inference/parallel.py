@@ -54,7 +54,8 @@ def split(model: ModelModule, mesh: DeviceMesh) -> ModelModule:
         elif isinstance(module, GatedModule | MLPModule):
             _check_divides(name, "channels", module.up.weight.shape[0], count)
             plan[name] = _SplitChannels()
-    unknown = [type(part).__name__ for part in _branches(model) if not isinstance(part, AttentionModule | GatedModule | MLPModule)]
+    divisible = AttentionModule | GatedModule | MLPModule
+    unknown = [type(part).__name__ for part in _branches(model) if not isinstance(part, divisible)]
     if unknown:
         raise UserError(f"tensor parallelism divides attention and feed-forward parts, and cannot divide a {unknown[0]}")
     for name, style in plan.items():

@@ -15,7 +15,7 @@ rounding of the logits. The token is the inverse of the cumulative distribution 
 (argmax of p / Exp(1)) needs no cumulative sum but as many random numbers as the vocabulary has entries, for each row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import Tensor
 from headspring.inference.sampling_params import ALL, SamplingParams
 from headspring.models.scoring import log_probs_of_logits
 
-__all__ = ["ALL", "RowParams", "SamplingParams", "draw", "filtered", "log_probs_of_logits", "most_likely", "penalize", "pick"]
+__all__ = ["SamplingParams", "log_probs_of_logits"]  # found here too
 
 
 @dataclass
@@ -107,6 +107,43 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` most likely tokens of each row under the model itself, ids and log-probabilities (B, count)."""
     values, ids = logits.topk(count)
     return ids, values - logits.logsumexp(-1, keepdim=True)
+
+
+class Distribution(Mapping[int, float]):
+    """The log-probability of every id: a mapping as that of the most likely ones, held as one tensor (V,) float32."""
+
+    def __init__(self, log_probs: Tensor):
+        self.log_probs = log_probs
+
+    def __getitem__(self, token: int) -> float:
+        if not 0 <= token < len(self.log_probs):
+            raise KeyError(token)
+        return self.log_probs[token].item()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.log_probs)))
+
+    def __len__(self) -> int:
+        return len(self.log_probs)
+
+
+def tops_of(
+    logits: Tensor, ids: Sequence[int], log_probs: Sequence[float], count: int | None
+) -> Sequence[Mapping[int, float] | None]:
+    """For each row of logits (R, V) float32, the `count` most likely ids with their log-probabilities, the most likely first;
+    of `ids` they are those given. None in each place where `count` is None."""
+    if count is None:
+        return [None] * len(ids)
+    if count == ALL:
+        rows = logits.log_softmax(-1).cpu()
+        rows[torch.arange(len(ids)), torch.tensor(ids)] = torch.tensor(log_probs)
+        return [Distribution(row.clone()) for row in rows]
+    top_ids, values = most_likely(logits, min(count, logits.shape[-1]))
+    tops = [dict(zip(*pair, strict=True)) for pair in zip(top_ids.tolist(), values.tolist(), strict=True)]
+    for top, token, log_prob in zip(tops, ids, log_probs, strict=True):
+        if token in top:
+            top[token] = log_prob
+    return tops
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:

@@ -7,19 +7,20 @@ end token is allowed exactly where the text is complete. An answer that ends by 
 
     Structured(regex=…)  ── compile ──→  Compiled  ── matcher() ──→  Matcher, one an answer: mask · accept · rollback · fork
 
-It fails closed. What the compiler does not know (a keyword of JSON Schema, say) is refused with its name; a matcher that gives up
-while it runs fails its request; nothing is ever ignored and then sampled freely. Schemas come from strangers, so `Budget` bounds
-bytes, depth and nodes before anything is parsed, and work and time after that.
+It fails closed. What the compiler does not know (a keyword of JSON Schema, say) is refused with its name; a matcher that gives
+up while it runs fails its request; nothing is ever ignored and then sampled freely. Schemas come from strangers, so `Budget`
+bounds bytes, depth and nodes before anything is parsed, and work and time after that.
 
-A model left alone with a grammar may go on for ever inside it: spaces between JSON's tokens, digits of a number. Both are bounded
-here; strings are not, since their length is for `maxLength` to say.
+A model left alone with a grammar may go on for ever inside it: spaces between JSON's tokens, digits of a number. Both are
+bounded here; strings are not, since their length is for `maxLength` to say.
 """
 
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future, TimeoutError as Late
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as Late
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +37,7 @@ LARGEST, DEEPEST = 2**20, 200  # bytes and depth of what is looked at at all
 SPACE = r"(?: |\n {0,32})?"  # between the tokens of JSON: what compact, usual and indented JSON need
 JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}
 LONGEST_NUMBER = 40  # bytes of a JSON number after which no digit may follow
+IN_NUMBER = b"0123456789+-.eE"
 CACHED = 64  # compiled specifications a tokenizer
 
 
@@ -163,7 +165,10 @@ class Number:
             if quoted:
                 quoted, escaped = escaped or byte != ord('"'), not escaped and byte == ord("\\")
             else:
-                quoted, length = byte == ord('"'), length + 1 if byte in b"0123456789+-.eE" and (length or byte in b"-0123456789") else 0
+                quoted, length = (
+                    byte == ord('"'),
+                    length + 1 if byte in b"0123456789+-.eE" and (length or byte in b"-0123456789") else 0,
+                )
         self._history.append((quoted, escaped, length))
 
     def pop(self, count: int) -> None:
@@ -177,8 +182,8 @@ class Number:
 
 
 def compile_structured(spec: Structured, tokenizer: Tokenizer, budget: Budget | None = None) -> Compiled:
-    """`spec` for `tokenizer`, remembered for the next request that asks the same. Raises `UserError` for what is too large, wrong
-    or not supported."""
+    """`spec` for `tokenizer`, remembered for the next request that asks the same. Raises `UserError` for what is too large,
+    wrong or not supported."""
     budget, words = budget or Budget(), words_of(tokenizer)
     check_size(spec, budget)
     key = spec.model_dump_json() + budget.model_dump_json()
@@ -227,8 +232,8 @@ def grammar_of(spec: Structured, tokenizer: Tokenizer) -> str:
 
 
 def _within(seconds: float, make: Any) -> Compiled:
-    """The result of `make`, on a thread of its own. A thread cannot be stopped: what runs on after the deadline is bounded by the
-    parser's own limits, and nobody waits for it."""
+    """The result of `make`, on a thread of its own. A thread cannot be stopped: what runs on after the deadline is bounded by
+    the parser's own limits, and nobody waits for it."""
     made: Future[Compiled] = Future()
 
     def work() -> None:
@@ -292,9 +297,9 @@ def nesting(text: str) -> int:
 
 
 def one_line(message: str) -> str:
-    """The first line of an error, with the second where the first ends in a colon."""
+    """What a parser's error of several lines says: where it is, and its line that begins with "error"."""
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()] or ["unknown error"]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
+    return " ".join([lines[0], *[line for line in lines[1:] if line.startswith("error")][:1]])[:300]
 
 
 # ---- the vocabulary, as the parser wants it
@@ -315,7 +320,7 @@ class Words:
         self.bytes_of = [b"" if i in tokenizer.control_ids else tokenizer.token_bytes(i) for i in range(self.size)]
         silent = {i for i in range(self.size) if not self.bytes_of[i] or i == tokenizer.unk_id}
         self.usable = np.array([i not in silent or i in self.ends for i in range(self.size)])
-        self.digits = np.array([piece[:1] in tuple(b"0123456789"[i : i + 1] for i in range(10)) for piece in self.bytes_of])
+        self.digits = np.array([piece[:1].isdigit() for piece in self.bytes_of])
         self.lock = threading.Lock()
         self.compiled: OrderedDict[str, Compiled] = OrderedDict()
         self.library = LLTokenizer(_Vocabulary(self, sorted(silent), ends[0]), eos_token=ends)  # type: ignore[arg-type]
@@ -345,4 +350,3 @@ def words_of(tokenizer: Tokenizer) -> Words:
     if tokenizer not in _words:
         _words[tokenizer] = Words(tokenizer)
     return _words[tokenizer]
-

@@ -93,6 +93,14 @@ def contrastive(config: Any, known: Known) -> Estimate:
     return _training(float(config.steps * config.batch_size * tokens), known)
 
 
+def multimodal(config: Any, known: Known) -> Estimate:
+    """Training on questions, and answering those about held-out items three times."""
+    trained = _training(float(config.steps * config.batch_size * config.expected_tokens()), known)
+    if trained.seconds is None:
+        return trained
+    return trained.with_seconds(trained.seconds + 3 * SECONDS_PER_ANSWER * config.validation_questions)
+
+
 def evaluate(config: Any, known: Known) -> Estimate:
     """One forward pass over the held-out bytes, windows overlapping by half, and the answers."""
     rate = known.estimates["model"].seconds_per_token

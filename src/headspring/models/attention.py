@@ -18,7 +18,7 @@ from headspring.models.context import Context, Visibility
 from headspring.models.mask import Causal, Mask
 from headspring.models.norm import NormModule, RMSNormModule
 from headspring.models.paged import Int8Pages, Pages
-from headspring.models.part import Cost, ParameterRule, constant
+from headspring.models.part import Cost, ParameterRule, constant, linear
 from headspring.models.position import Position, RoPE
 from headspring.models.projected import Projected, ProjectedModule
 from headspring.models.state import KeyValueState, LayerState
@@ -56,6 +56,8 @@ class Attention(Projected):
 
 class AttentionModule(ProjectedModule):
     """x (B, T, D) → (B, T, D)."""
+
+    joins = (("q", "k", "v"),)
 
     def __init__(self, value: Attention, width: int):
         super().__init__(value, width)
@@ -149,8 +151,7 @@ class AttentionModule(ProjectedModule):
 
     def _query_key_value(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, T, H or K, C), from one product; queries and keys normalised and placed, by one operator where that is all."""
-        parts, heads = (self.q, self.k, self.v), (self.heads, self.kv_heads)
-        mixed = kernels.linear(x, [part.weight for part in parts], [part.bias for part in parts if part.bias is not None])
+        heads, mixed = (self.heads, self.kv_heads), linear(x, self.q, self.k, self.v)
         q_norm, k_norm, fuses = self.q_norm, self.k_norm, self.position.fuses
         if fuses and isinstance(q_norm, RMSNormModule) and isinstance(k_norm, RMSNormModule):
             gains = q_norm.gain.to(x.device), k_norm.gain.to(x.device)

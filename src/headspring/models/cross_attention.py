@@ -14,10 +14,9 @@ from typing import Literal
 
 import torch
 
-from headspring.models import kernels
 from headspring.models.attend import Scoring, attention, scored_pattern, weigh
 from headspring.models.context import Context, Visibility
-from headspring.models.part import Cost
+from headspring.models.part import Cost, linear
 from headspring.models.projected import Projected, ProjectedModule
 from headspring.models.state import LayerState, MemoryState
 
@@ -40,6 +39,8 @@ class CrossAttention(Projected):
 
 class CrossAttentionModule(ProjectedModule):
     """x (B, T, D) → (B, T, D), with a context that has a memory."""
+
+    joins = (("k", "v"),)
 
     def __init__(self, value: CrossAttention, width: int):
         super().__init__(value, width)
@@ -68,15 +69,12 @@ class CrossAttentionModule(ProjectedModule):
         if state is not None and state.keys is not None and state.values is not None:
             return state.keys, state.values
         assert context.memory is not None, "cross-attention without a memory to read"
-        mixed = kernels.linear(context.memory, (self.k.weight, self.v.weight), self._biases())
+        mixed = linear(context.memory, self.k, self.v)
         k, v = (part.unflatten(-1, (self.kv_heads, self.channels)) for part in mixed.chunk(2, dim=-1))
         k = k if self.k_norm is None else self.k_norm(k)
         if state is not None:
             state.keys, state.values = k, v
         return k, v
-
-    def _biases(self) -> list[torch.Tensor]:
-        return [part.bias for part in (self.k, self.v) if part.bias is not None]
 
     def cost(self, name: str, context_length: int) -> Cost:
         """For each token of the decoder, beside a source that is as long: a source token's keys and values count as its."""

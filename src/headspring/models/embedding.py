@@ -6,6 +6,7 @@ from torch import nn
 
 from headspring.artifacts.value import Value
 from headspring.models.norm import Norm
+from headspring.models.packed import PackedMatrix
 from headspring.models.part import Cost, Group, Linear, ParameterRule, PartModule, constant, normal
 from headspring.models.position import AbsolutePosition
 from headspring.models.transform import Transform
@@ -38,7 +39,9 @@ class Head(Value):
 
 
 class Table(PartModule):
-    """(V, D) rows: `weight`, or those of the table that it borrows."""
+    """(V, D) rows: `weight`, or those of the table that it borrows. A quantized model reads them out of `packed` instead."""
+
+    packed: PackedMatrix | None = None
 
     def __init__(
         self,
@@ -62,6 +65,14 @@ class Table(PartModule):
     def rows(self) -> torch.Tensor:
         owner = self._owner[0]
         return self.weight if owner is None else owner.rows
+
+    def read(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rows (..., D) of tokens (...) int64."""
+        owner = self._owner[0]
+        if owner is not None:
+            return owner.read(tokens, dtype)
+        rows = nn.functional.embedding(tokens, self.weight) if self.packed is None else self.packed.rows(tokens)
+        return rows.to(dtype)
 
     def rules(self) -> dict[str, ParameterRule]:
         rules = {"weight": ParameterRule(normal(self.std), self.group)} if self._owner[0] is None else {}
@@ -96,7 +107,7 @@ class EmbedModule(Table):
         self, tokens: torch.Tensor, dtype: torch.dtype, positions: torch.Tensor, types: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`positions` (B or 1, T) int64; `types` (B, T) int64, all of type 0 where it is left out."""
-        x = nn.functional.embedding(tokens, self.rows).to(dtype)
+        x = self.read(tokens, dtype)
         if self.value.scale is not None:
             x = x * torch.tensor(self.value.scale, dtype=dtype, device=x.device)
         if self.widen is not None:

@@ -8,7 +8,7 @@ from torch.nn.functional import gelu, relu, silu
 
 from headspring.artifacts.value import Variant
 from headspring.models import kernels
-from headspring.models.part import Cost, Linear, PartModule
+from headspring.models.part import Cost, Linear, PartModule, linear
 
 Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "tanh"]
 ACTIVATIONS = {
@@ -76,6 +76,8 @@ class MLP(FeedForward):
 class GatedModule(FeedForwardModule):
     """x (B, T, D) → (B, T, D)."""
 
+    joins = (("gate", "up"),)
+
     def __init__(self, width: int, hidden: int, activation: Activation, bias: bool):
         super().__init__()
         self.gate = Linear(width, hidden, bias=bias)
@@ -84,8 +86,7 @@ class GatedModule(FeedForwardModule):
         self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = (self.gate, self.up)
-        both = kernels.linear(x, [part.weight for part in parts], [part.bias for part in parts if part.bias is not None])
+        both = linear(x, self.gate, self.up)
         if self.activation == "silu" and self.tap is None:
             return self.out(kernels.silu_multiply_halves(both))
         gate, up = both.chunk(2, dim=-1)

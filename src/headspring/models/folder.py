@@ -19,6 +19,8 @@ FORMAT = "headspring"
 
 def save_model(model: ModelModule, folder: Path) -> None:
     """Write config and weights, atomically. The config records the hash of the weights."""
+    if model.released:
+        raise UserError("this model's float weights were released when it was packed for serving: load it again to save it")
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = save(tensors, metadata={"format": "pt"})

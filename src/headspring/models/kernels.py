@@ -7,14 +7,15 @@ Both keep statistics in float32 and round once at the end. What this gives up: o
 between the two kernel sets, which is why `numerics_id()` names the one in use.
 """
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from headspring.models import native
+from headspring.artifacts.errors import UserError
+from headspring.models import native, packed as packing
+from headspring.models.packed import PackedMatrix
 
 if TYPE_CHECKING:
     from headspring.models.paged import Pages
@@ -30,9 +31,7 @@ def numerics_id() -> str:
 
 def library() -> native.Library | None:
     """The native operators, or None where they cannot be built or `HEADSPRING_KERNELS=plain` turns them off."""
-    if os.environ.get("HEADSPRING_KERNELS") == "plain":
-        return None
-    return native.library()
+    return native.enabled()
 
 
 def built() -> native.Library:
@@ -137,15 +136,55 @@ def place_heads_plain(mixed, heads, gains, rotation, epsilon):
 def linear(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] = ()) -> torch.Tensor:
     """x Wᵀ + b of several matrices at once, side by side: (..., I) with weights (Oᵢ, I) and biases (Oᵢ,) → (..., Σ Oᵢ).
 
-    Computed in the dtype of `x`; the parameters keep their own. In training on the CPU they are cast once for both passes,
-    and their gradients are summed in float32.
+    Computed in the dtype of `x`; the parameters keep their own. bfloat16 on the CPU goes through `product`, with gradients
+    and without, so that a trainer and an engine agree bit for bit; weight gradients are then summed in float32.
     """
-    trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    if trained and use_products(x, *(size for weight in weights for size in weight.shape)):
-        y = _Linear.apply(x, *weights)
+    if multiplies_natively(x):
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights))
+        y = _Linear.apply(x, *weights) if learns else product(x, packing.pack_bf16(_narrow(x, weights)))
     else:
         y = _joined([torch.nn.functional.linear(x, weight.to(x.dtype)) for weight in weights], dim=-1)
     return y + _joined([bias.to(x.dtype) for bias in biases], dim=0) if biases else y
+
+
+def multiply(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, packed: PackedMatrix | None = None
+) -> torch.Tensor:
+    """x Wᵀ + b of one matrix, by its packed form where that is given."""
+    if packed is not None:
+        return product(x, packed, bias)
+    return linear(x, (weight,), () if bias is None else (bias,))
+
+
+def product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., I) times the transposed matrix, plus bias (O,) → (..., O), in the dtype of `x`. Without gradients.
+
+    A row of the result depends on that row of `x` alone, bit for bit, where native products apply and for integer kinds.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise UserError("a product with packed weights has no gradients: unpack_model(model) first")
+    rows = _rows_in_one_piece(x.reshape(-1, x.shape[-1]))
+    bias = None if bias is None else bias.to(x.dtype)
+    if multiplies_natively(x, packed.kind):
+        y = built().packed_product(rows, packed, bias)
+    else:
+        y = packing.product_plain(rows, packed)
+        y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], -1)
+
+
+def multiplies_natively(x: torch.Tensor, kind: packing.Kind = "bf16") -> bool:
+    """Whether native products with matrices of this kind apply to a tensor like `x`."""
+    return (x.dtype == torch.bfloat16 or kind != "bf16") and use_native(x) and built().has_packed_products
+
+
+def _narrow(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The weights in the dtype of `x`, one after the other: (Σ Oᵢ, I)."""
+    if len(weights) == 1 and weights[0].dtype == x.dtype:
+        return weights[0].detach()
+    narrow = torch.empty(sum(map(len, weights)), x.shape[-1], dtype=x.dtype)
+    torch._foreach_copy_(list(narrow.split([len(weight) for weight in weights])), [weight.detach() for weight in weights])
+    return narrow
 
 
 def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
@@ -333,19 +372,19 @@ class _Rotate(torch.autograd.Function):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *weights):
-        rows = x.reshape(-1, x.shape[-1])
-        narrow = torch.empty(sum(map(len, weights)), x.shape[-1], dtype=x.dtype)
-        torch._foreach_copy_(list(narrow.split([len(weight) for weight in weights])), list(weights))
-        ctx.save_for_backward(rows, narrow)
+        narrow = _narrow(x, weights)
+        ctx.save_for_backward(x, narrow)
         ctx.sizes, ctx.dtypes = [len(weight) for weight in weights], [weight.dtype for weight in weights]
-        return (rows @ narrow.T).view(*x.shape[:-1], -1)
+        return product(x, packing.pack_bf16(narrow))
 
     @staticmethod
     def backward(ctx, gradient):
-        rows, narrow = ctx.saved_tensors
+        x, narrow = ctx.saved_tensors
         flat = _rows_in_one_piece(gradient.reshape(-1, gradient.shape[-1]))
-        grad_x = (flat @ narrow).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        grads = weight_gradient(flat, rows).split(ctx.sizes)
+        grad_x = (flat @ narrow).view(x.shape) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:]):
+            return grad_x, *[None] * len(ctx.sizes)
+        grads = weight_gradient(flat, _rows_in_one_piece(x.reshape(-1, x.shape[-1]))).split(ctx.sizes)
         return grad_x, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes))
 
 

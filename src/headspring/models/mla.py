@@ -75,6 +75,7 @@ class MLAModule(MixerModule):
     site_names = ("q", "latent", "rotary", "pattern", "heads", "out")
     plain_sites = ("pattern",)
     cut = ("q", "latent", "rotary")
+    reads_weights = ("k_up", "v_up")  # absorbed in short calls
 
     def __init__(self, value: MLA, width: int):
         super().__init__()

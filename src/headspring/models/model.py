@@ -15,6 +15,8 @@ from pydantic import Field
 from torch import nn
 
 from headspring.artifacts.value import Variant
+from headspring.models import kernels
+from headspring.models.packed import PackedMatrix
 from headspring.models.part import Cost, ParameterRule, PartModule
 from headspring.models.sites import Sites
 from headspring.models.state import State
@@ -58,6 +60,8 @@ class ModelModule(PartModule):
 
     sites: Sites
     rules_by_name: dict[str, ParameterRule]
+    packed_head: PackedMatrix | None = None  # where the model is packed for serving (`packed.pack_model`)
+    released: bool = False  # whether only packed weights are left
 
     def __init__(self, config: Model):
         super().__init__()
@@ -161,8 +165,7 @@ class ModelModule(PartModule):
         hidden = self.head_input(hidden)
         if self.output_weight is None:
             return hidden.float()
-        bias = None if self.output_bias is None else self.output_bias.to(hidden.dtype)
-        logits = nn.functional.linear(hidden, self.output_weight.to(hidden.dtype), bias).float()
+        logits = kernels.multiply(hidden, self.output_weight, self.output_bias, self.packed_head).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     # ---- what every model can do

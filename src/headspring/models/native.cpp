@@ -1,7 +1,7 @@
 // The fused element-wise operators of kernels.py, for float32 and bfloat16. Plain loops that the compiler vectorises:
 // read once, compute in float, write once. Each function exists as NAME_f32 and NAME_bf16.
 
-#include "native_products.h"
+#include "native_rows.h"
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -53,9 +53,8 @@ static inline float fast_exp(float x) {
     return p * power;
 }
 
-// One row; gives its scale. Never inlined, so that every caller's last bits are the same.
 template <class T>
-__attribute__((noinline)) static float normalise(const T *in, const float *weight, T *out, int64_t width, float epsilon) {
+float normalise(const T *in, const float *weight, T *out, int64_t width, float epsilon) {
     float sum = 0;
     for (int64_t i = 0; i < width; i++) sum += load(in[i]) * load(in[i]);
     float s = 1.0f / std::sqrt(sum / float(width) + epsilon);
@@ -111,16 +110,20 @@ static void add_rms_norm(int threads, const T *x, const T *y, const float *weigh
     }
 }
 
+template <class T>
+void silu_multiply_row(const T *gate, const T *up, T *y, int64_t width) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) {
+        float g = load(gate[i]);
+        store(y + i, g / (1.0f + fast_exp(-g)) * load(up[i]));
+    }
+}
+
 // `gate` and `up` are (rows, width), each row `stride` elements after the one before.
 template <class T>
 static void silu_multiply(int threads, const T *gate, const T *up, T *y, int64_t rows, int64_t width, int64_t stride) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; r++)
-#pragma omp simd
-        for (int64_t i = 0; i < width; i++) {
-            float g = load(gate[r * stride + i]);
-            store(y + r * width + i, g / (1.0f + fast_exp(-g)) * load(up[r * stride + i]));
-        }
+    for (int64_t r = 0; r < rows; r++) silu_multiply_row(gate + r * stride, up + r * stride, y + r * width, width);
 }
 
 template <class T>
@@ -159,40 +162,43 @@ static void rotate(int threads, const T *x, const float *cosines, const float *s
     }
 }
 
+template <class T>
+void place_row(const T *in, const float *gains, const float *cosines, const float *sines, T *out, int64_t heads,
+               int64_t channels, float epsilon, float *room) {
+    int64_t half = channels / 2;
+    float *n = room;
+    for (int64_t h = 0; h < heads; h++, in += channels, out += channels) {
+        for (int64_t i = 0; i < channels; i++) n[i] = load(in[i]);
+        if (gains) {
+            float squares = 0;
+            for (int64_t i = 0; i < channels; i++) squares += n[i] * n[i];
+            float s = 1.0f / std::sqrt(squares / float(channels) + epsilon);
+            for (int64_t i = 0; i < channels; i++) n[i] *= s * gains[h * channels + i];
+        }
+        if (cosines)
+            for (int64_t i = 0; i < half; i++) {
+                store(out + i, n[i] * cosines[i] - n[i + half] * sines[i]);
+                store(out + i + half, n[i + half] * cosines[i] + n[i] * sines[i]);
+            }
+        else
+            for (int64_t i = 0; i < channels; i++) store(out + i, n[i]);
+    }
+}
+
 // Queries and keys from the product that made them with the values: row r of `mixed` (rows, stride) holds `heads` heads of
-// `channels`; each is normalised by its `gains` (its own (channels,) of (heads, channels); null: not normalised), then rotated
-// (`cosines` null: not rotated). What comes out is (rows, heads, channels), float statistics and one rounding at the end.
+// `channels`, which become (rows, heads, channels).
 template <class T>
 static void place_heads(int threads, const T *mixed, const float *gains, const float *cosines, const float *sines, T *y,
                         int64_t rows, int64_t time, int64_t heads, int64_t channels, int64_t stride, int64_t row_stride,
                         float epsilon) {
-    int64_t half = channels / 2;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> values(channels);
-        float *n = values.data();
+        std::vector<float> room(channels);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) {
-            int64_t place = (row / time) * row_stride + row % time;
-            for (int64_t h = 0; h < heads; h++) {
-                const T *in = mixed + row * stride + h * channels;
-                T *out = y + (row * heads + h) * channels;
-                for (int64_t i = 0; i < channels; i++) n[i] = load(in[i]);
-                if (gains) {
-                    float squares = 0;
-                    for (int64_t i = 0; i < channels; i++) squares += n[i] * n[i];
-                    float s = 1.0f / std::sqrt(squares / float(channels) + epsilon);
-                    for (int64_t i = 0; i < channels; i++) n[i] *= s * gains[h * channels + i];
-                }
-                if (cosines) {
-                    const float *c = cosines + place * half, *s = sines + place * half;
-                    for (int64_t i = 0; i < half; i++) {
-                        store(out + i, n[i] * c[i] - n[i + half] * s[i]);
-                        store(out + i + half, n[i + half] * c[i] + n[i] * s[i]);
-                    }
-                } else
-                    for (int64_t i = 0; i < channels; i++) store(out + i, n[i]);
-            }
+            int64_t place = ((row / time) * row_stride + row % time) * (channels / 2);
+            place_row(mixed + row * stride, gains, cosines ? cosines + place : nullptr, sines ? sines + place : nullptr,
+                      y + row * heads * channels, heads, channels, epsilon, room.data());
         }
     }
 }
@@ -275,6 +281,13 @@ static void cross_entropy(int threads, T *logits, const int64_t *targets, float 
         }
     }
 }
+
+#define ROWS(T)                                                                                                      \
+    template float normalise(const T *, const float *, T *, int64_t, float);                                         \
+    template void silu_multiply_row(const T *, const T *, T *, int64_t);                                             \
+    template void place_row(const T *, const float *, const float *, const float *, T *, int64_t, int64_t, float, float *);
+ROWS(float)
+ROWS(bf16)
 
 #define BOTH(NAME, PARAMETERS, ARGUMENTS)                                        \
     extern "C" void NAME##_f32 PARAMETERS(float) { NAME<float> ARGUMENTS; }      \

@@ -23,14 +23,18 @@ from headspring.artifacts.environment import processor_name
 from headspring.models import native_pages
 
 if TYPE_CHECKING:
+    from headspring.models.packed import PackedMatrix
     from headspring.models.paged import Pages
     from headspring.models.ragged import Ragged
 
 SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
-    for name in ("native", "native_attention", "native_linear", "native_muon", "native_paged")
+    for name in ("native", "native_attention", "native_linear", "native_muon", "native_paged", "native_product")
 )
-HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("native_products", "native_softmax", "native_paged"))
+HEADERS = tuple(
+    Path(__file__).with_name(f"{name}.h")
+    for name in ("native_products", "native_softmax", "native_paged", "native_product", "native_product_tiles")
+)
 # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning, which -ffast-math would not promise.
 FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
@@ -66,6 +70,11 @@ def library() -> "Library | None":
     return _built(digest(), flags())
 
 
+def enabled() -> "Library | None":
+    """The built library, unless `HEADSPRING_KERNELS=plain` turns it off."""
+    return None if os.environ.get("HEADSPRING_KERNELS") == "plain" else library()
+
+
 @functools.cache
 def _built(name: str, options: tuple[str, ...]) -> "Library | None":
     compiler = shutil.which("g++") or shutil.which("clang++")
@@ -96,6 +105,7 @@ class Library:
     def __init__(self, handle: ctypes.CDLL):
         self._handle = handle
         self.has_products = bool(handle.prepare_products())
+        self.has_packed_products = self.has_products and hasattr(handle, "packed_product_bf16")
 
     def _call(self, name: str, dtype: torch.dtype, *arguments) -> None:
         suffix = "bf16" if dtype == torch.bfloat16 else "f32"
@@ -233,6 +243,23 @@ class Library:
 
     def write_pages(self, k: torch.Tensor, v: torch.Tensor, pages: "Pages", slots: torch.Tensor) -> None:
         native_pages.write(self._handle, k, v, pages, slots)
+
+    def packed_product(self, x: torch.Tensor, packed: "PackedMatrix", bias: torch.Tensor | None) -> torch.Tensor:
+        """x (N, I) times the transposed matrix → (N, O), plus bias (O,), in the dtype of `x`: bfloat16, or float32 with an
+        integer kind. Rows of x may lie apart."""
+        y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
+        run = self._handle.packed_product_bf16 if x.dtype == torch.bfloat16 else self._handle.packed_product_f32
+        sizes = ctypes.c_int64(x.stride(0)), ctypes.c_int64(x.shape[0])
+        run(ctypes.c_int(torch.get_num_threads()), ctypes.byref(packed.mirror), _pointer(x), *sizes, _pointer(y), _pointer(bias))
+        return y
+
+    def pack_words(self, words: torch.Tensor) -> torch.Tensor:
+        """words (O, W) int32, W a multiple of 16 → panels of 32 rows (⌈O / 32⌉, W, 32), filled up with zeros."""
+        rows, width = words.shape
+        panels = torch.empty(-(-rows // 32), width, 32, dtype=torch.int32)
+        sizes = ctypes.c_int64(rows), ctypes.c_int64(width)
+        self._handle.pack_words(ctypes.c_int(torch.get_num_threads()), _pointer(words), *sizes, _pointer(panels))
+        return panels
 
     def add_weight_gradient(self, gradient: torch.Tensor, x: torch.Tensor, total: torch.Tensor, *, fresh: bool) -> None:
         """total (O, I) float32 += gradientᵀ x, or = where `fresh`. gradient (N, O) and x (N, I) bfloat16, O and I multiples

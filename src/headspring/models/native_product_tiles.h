@@ -6,8 +6,8 @@
 #pragma once
 
 // The tile registers for blocks of `upper` + `lower` rows; `depth` lines (of 32 bits) of weights in a tile.
-struct Shape {
-    Shape(int64_t upper, int64_t lower, int64_t depth) {
+struct TileShape {
+    TileShape(int64_t upper, int64_t lower, int64_t depth) {
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {};
@@ -27,7 +27,7 @@ struct Shape {
         set(7, depth, 64);
         _tile_loadconfig(&shape);
     }
-    ~Shape() { _tile_release(); }
+    ~TileShape() { _tile_release(); }
 };
 
 // Sums (32, 32) of one block into `sums`: `lines` lines of a panel from `weights`, `depth` at a time. TWO: rows below 16 exist.
@@ -146,7 +146,7 @@ static inline void product_block(const Packed &w, const Scratch &scratch, int64_
         return unpacked.data;
     };
     if (row < whole) {
-        Shape shape(16, 16, depth);
+        TileShape shape(16, 16, depth);
         for (int64_t p = panel; p < last_panel; p++) {
             const uint8_t *weights = weights_at(p);
             for (int64_t r = row; r < whole; r += 32) tile_rows(w, scratch, weights, r, 32, p, out);
@@ -154,7 +154,7 @@ static inline void product_block(const Packed &w, const Scratch &scratch, int64_
     }
     if (whole < end) {
         const int64_t rest = end - whole;
-        Shape shape(std::min<int64_t>(rest, 16), std::max<int64_t>(rest - 16, 0), depth);
+        TileShape shape(std::min<int64_t>(rest, 16), std::max<int64_t>(rest - 16, 0), depth);
         for (int64_t p = panel; p < last_panel; p++) tile_rows(w, scratch, weights_at(p), whole, rest, p, out);
     }
 }

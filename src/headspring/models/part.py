@@ -10,12 +10,14 @@ C channels of a head, F hidden width of the feed-forward, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
+from headspring.artifacts.errors import UserError
 from headspring.models import kernels
+from headspring.models.packed import PackedMatrix
 
 Group = Literal["matrix", "embedding", "head", "vector"]
 
@@ -96,6 +98,8 @@ class PartModule(nn.Module):
     watched, the module takes its readable path, whose last bits differ.
     """
 
+    joins: tuple[tuple[str, ...], ...] = ()  # names of `Linear` parts that `linear` multiplies at once
+    reads_weights: tuple[str, ...] = ()  # names of `Linear` parts whose `weight` is read as it is
     watched: frozenset[str] = frozenset()
     plain_sites: tuple[str, ...] = ()
     tap: Callable[[str, torch.Tensor], torch.Tensor] | None = None
@@ -112,8 +116,13 @@ class PartModule(nn.Module):
 class Linear(PartModule):
     """y = x Wᵀ + b, computed in the dtype of `x`: the parameters stay in the precision they are trained in.
 
-    `std` 0 is for matrices whose output is added to the residual stream: by default they start as nothing.
+    `std` 0 is for matrices whose output is added to the residual stream: by default they start as nothing. A model that is
+    packed for serving multiplies by `packed` instead; `joined` is that of this matrix and those that are read with it.
     """
+
+    packed: PackedMatrix | None = None
+    joined: PackedMatrix | None = None
+    watcher: "ClassVar[Callable[[tuple[Linear, ...], torch.Tensor], object] | None]" = None  # is told of every product's input
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, std: float | None = None):
         super().__init__()
@@ -129,9 +138,24 @@ class Linear(PartModule):
         return rules
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.linear(x, (self.weight,), () if self.bias is None else (self.bias,))
+        return linear(x, self)
 
     def cost(self, name: str) -> Cost:
         outputs, inputs = self.weight.shape
         parameters = self.weight.numel() + (0 if self.bias is None else outputs)
         return Cost(name, parameters, 2.0 * inputs * outputs, 2.0 * inputs, 0.0, f"{inputs} → {outputs}")
+
+
+def linear(x: torch.Tensor, *parts: Linear) -> torch.Tensor:
+    """x (..., I) times several matrices side by side, from one product where it can be: (..., Σ Oᵢ)."""
+    if Linear.watcher is not None:
+        Linear.watcher(parts, x)
+    biases = [part.bias for part in parts if part.bias is not None]
+    if parts[0].packed is None:
+        return kernels.linear(x, [part.weight for part in parts], biases)
+    if torch.is_grad_enabled() and any(part.weight.requires_grad for part in parts):
+        raise UserError("this model is packed for serving and cannot be trained: unpack_model(model) first, or torch.no_grad()")
+    whole = parts[0].joined if len(parts) > 1 else parts[0].packed
+    if whole is None:
+        return torch.cat([linear(x, part) for part in parts], dim=-1)
+    return kernels.product(x, whole, torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None)

@@ -118,6 +118,7 @@ class RecurrentModule(MixerModule):
 
     site_names = ("gates", "h", "out")
     plain_sites = ("gates",)
+    reads_weights = ("input", "memory")  # by torch's fused recurrence
 
     def __init__(self, value: Recurrent, width: int):
         super().__init__()

@@ -8,12 +8,15 @@ gradient is formed while the chunk is at hand, in place of its logits. `log_prob
 have its own gradient (DPO needs that); its backward pass makes the chunk again.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from headspring.artifacts.errors import UserError
 from headspring.data.batch import IGNORE
 from headspring.models import kernels
+from headspring.models.packed import PackedMatrix, pack_bf16
 
 CHUNK = 1024
 
@@ -41,7 +44,7 @@ def cross_entropy_sum(model: HasHead, hidden: torch.Tensor, targets: torch.Tenso
     rows, kept = _kept(hidden, targets)
     if model.output_weight is None:
         return -_of_logits(rows, kept).sum()
-    return _CrossEntropySum.apply(model.head_input(rows), model.output_weight, model.output_bias, model.softcap, kept)
+    return _CrossEntropySum.apply(model.head_input(rows), model.output_weight, model.output_bias, _how(model), kept)
 
 
 def log_probs(model: HasHead, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -50,7 +53,7 @@ def log_probs(model: HasHead, hidden: torch.Tensor, targets: torch.Tensor) -> to
     if model.output_weight is None:
         values = _of_logits(rows, kept)
     else:
-        values = _LogProbs.apply(model.head_input(rows), model.output_weight, model.output_bias, model.softcap, kept)
+        values = _LogProbs.apply(model.head_input(rows), model.output_weight, model.output_bias, _how(model), kept)
     return torch.zeros(targets.shape, device=hidden.device).masked_scatter(targets != IGNORE, values)
 
 
@@ -71,19 +74,37 @@ def _of_logits(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return rows.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
+@dataclass(frozen=True)
+class _How:
+    """What the head does beside its parameters: a cap on the logits, and the packed matrix of a model that serves."""
+
+    softcap: float | None
+    packed: PackedMatrix | None
+    learns: bool
+
+
+def _how(model: HasHead) -> _How:
+    packed, learns = getattr(model, "packed_head", None), torch.is_grad_enabled()
+    return _How(model.softcap, packed, learns)
+
+
 class _Head:
     """The head in the dtype of the rows, and the gradients that are summed for it over chunks."""
 
-    def __init__(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None):
-        self.weight = weight.to(rows.dtype)
+    def __init__(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: _How, *, learns: bool):
+        if learns and how.packed is not None:
+            raise UserError("this model is packed for serving and cannot be trained: unpack_model(model) first")
+        self.weight = weight if how.packed is not None else weight.to(rows.dtype)
         self.bias = None if bias is None else bias.to(rows.dtype)
-        self.softcap = softcap
+        self.packed, self.softcap = how.packed, how.softcap
+        if self.packed is None and kernels.multiplies_natively(rows):
+            self.packed = pack_bf16(self.weight)
         self.grad_weight: torch.Tensor | None = None
         self.grad_bias: torch.Tensor | None = None
 
     def losses(self, rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """−log p (N,) float32 of a chunk of rows (N, D), and its gradient (N, V) in what the matrix gives."""
-        logits = rows @ self.weight.T if self.bias is None else torch.addmm(self.bias, rows, self.weight.T)
+        logits = kernels.multiply(rows, self.weight, self.bias, self.packed)
         if self.softcap is None:
             return _losses_and_gradient(logits, targets)
         bounded = torch.tanh(logits.float() / self.softcap)
@@ -121,9 +142,10 @@ def _losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[t
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, bias, softcap, targets):
+    def forward(ctx, rows, weight, bias, how, targets):
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        head, learns = _Head(rows, weight, bias, softcap), any(ctx.needs_input_grad)
+        learns = how.learns and any(ctx.needs_input_grad)
+        head = _Head(rows, weight, bias, how, learns=learns)
         grad_rows = torch.empty_like(rows) if learns else None
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
@@ -144,19 +166,19 @@ class _CrossEntropySum(torch.autograd.Function):
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, bias, softcap, targets):
-        head = _Head(rows, weight, bias, softcap)
+    def forward(ctx, rows, weight, bias, how, targets):
+        head = _Head(rows, weight, bias, how, learns=how.learns and any(ctx.needs_input_grad))
         values = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         for start in range(0, len(rows), CHUNK):
             values[start : start + CHUNK] = -head.losses(rows[start : start + CHUNK], targets[start : start + CHUNK])[0]
         ctx.save_for_backward(rows, weight, bias, targets)
-        ctx.softcap = softcap
+        ctx.how = how
         return values
 
     @staticmethod
     def backward(ctx, gradient):
         rows, weight, bias, targets = ctx.saved_tensors
-        head = _Head(rows, weight, bias, ctx.softcap)
+        head = _Head(rows, weight, bias, ctx.how, learns=True)
         grad_rows = torch.empty_like(rows)
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]

@@ -15,6 +15,7 @@ import numpy as np
 
 from headspring.artifacts import UserError
 from headspring.text import chat
+from headspring.tokenization.templates import run_template
 
 if TYPE_CHECKING:
     from headspring.tokenization.tokenizer import Tokenizer
@@ -96,38 +97,42 @@ def _foreign_layout(tokenizer: "Tokenizer", messages: list[chat.Message], ask: b
     return parts
 
 
-def fragments(tokenizer: "Tokenizer", messages: list[chat.Message], ask: bool) -> list[tuple[str, int]]:
-    """What the tokenizer's own template writes, as (text before, index of the message that follows or −1)."""
+def fragments(
+    tokenizer: "Tokenizer", messages: Sequence[Any], ask: bool, tools: Sequence[Any] | None = None
+) -> list[tuple[str, int]]:
+    """What the tokenizer's own template writes, as (text before, index of the message that follows or −1).
+
+    Messages have `role` and `content`, and perhaps `more`: a mapping with what else the template reads. A message that is
+    empty but for that has no place of its own. `tools` are for templates that know any."""
     mark = secrets.token_hex(8)
-    marked = [{"role": m.role, "content": f"{mark}:{i}:{mark}"} for i, m in enumerate(messages)]
-    rest = _apply_template(tokenizer, marked, ask)
+    marked = [
+        {"role": m.role, "content": "" if _is_bare(m) else f"{mark}:{i}:{mark}", **getattr(m, "more", {})}
+        for i, m in enumerate(messages)
+    ]
+    rest = _apply_template(tokenizer, marked, ask, tools)
     found = []
     while f"{mark}:" in rest:
         before, _, rest = rest.partition(f"{mark}:")
         number, _, rest = rest.partition(f":{mark}")
         found.append((before, int(number)))
-    missing = set(range(len(messages))) - {index for _, index in found}
+    missing = {i for i, m in enumerate(messages) if not _is_bare(m)} - {index for _, index in found}
     if missing:
         first = min(missing)
         raise UserError(f"the tokenizer's chat template leaves out message {first} ({messages[first].role})")
     return [*found, (rest, -1)]
 
 
-def _apply_template(tokenizer: "Tokenizer", messages: list[dict[str, str]], ask: bool) -> str:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _is_bare(message: Any) -> bool:
+    return not message.content and bool(getattr(message, "more", None))
 
-    def refuse(message: str) -> None:
-        raise UserError(f"the tokenizer's chat template refuses this conversation: {message}")
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(raise_exception=refuse, strftime_now=lambda form: __import__("time").strftime(form))
+def _apply_template(
+    tokenizer: "Tokenizer", messages: list[dict[str, Any]], ask: bool, tools: Sequence[Any] | None = None
+) -> str:
     names: dict[str, Any] = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
-    try:
-        template = environment.from_string(tokenizer.chat_template or "")
-        return template.render(messages=messages, add_generation_prompt=ask, **names)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the tokenizer's chat template fails: {error}") from error
+    if tools is not None:
+        names["tools"] = list(tools)
+    return run_template(tokenizer.chat_template or "", {"messages": messages, "add_generation_prompt": ask, **names})
 
 
 def _controls(ids: list[int], message: int, position: int, trained: bool) -> _Part:

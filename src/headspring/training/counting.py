@@ -19,7 +19,17 @@ from headspring.models.ngram import NGram, NGramModule
 
 SECONDS_PER_TOKEN = 5e-6  # counting five orders, on a slow core
 READS = frozenset(  # of a pretrain stage's config: what decides which text is counted, and what measures it afterwards
-    ("model", "objective", "steps", "batch_size", "sequence_length", "mixture", "packing", "document_mask", "validation_samples")
+    (
+        "model",
+        "objective",
+        "steps",
+        "batch_size",
+        "sequence_length",
+        "mixture",
+        "packing",
+        "document_mask",
+        "validation_samples",
+    )
 )
 
 

@@ -56,7 +56,9 @@ class WithHeads(Architecture):
     def decoder(self, vocab: int) -> Headed:
         body = self.body.decoder(vocab)
         if not isinstance(body, Stack):
-            raise UserError(f"a model of kind {self.body.kind!r} takes no heads; the body of kind headed is a decoder of blocks")
+            raise UserError(
+                f"a model of kind {self.body.kind!r} takes no heads; the body of kind headed is a decoder of blocks"
+            )
         head = MultiToken(ahead=self.ahead, chained=self.chained, block=body.layers[-1])
         return Headed(vocab=body.vocab, width=body.width, context=body.context, body=body, heads={"ahead": head})
 

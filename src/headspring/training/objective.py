@@ -58,10 +58,11 @@ def held_out_loss(
     """Mean loss (default: of the next token), nats a trained token, over samples 0 … num_samples − 1 of `data`, with
     activations in `dtype`."""
     objective, nats, count = objective or NextToken(), 0.0, 0
+    join = getattr(data, "collate", None) or (lambda samples: collate(samples, document_mask))
     with model.computing_in(dtype):
         for start in range(0, num_samples, batch_size):
             indices = range(start, min(start + batch_size, num_samples))
-            batch = collate([data.sample(index) for index in indices], document_mask).to(model.device)
+            batch = join([data.sample(index) for index in indices]).to(model.device)
             nats += float(objective.loss(model, batch)[0])
             count += objective.count(batch)
     return nats / count

@@ -48,7 +48,7 @@ def test_no_scale_of_a_fine_grid_is_much_better(group, minimum):
             for sign in (1,) if minimum else (1, -1):
                 values = ((rows - offset) / (sign * scale)).round().clamp(low, high)
                 best = torch.minimum(best, (values * sign * scale + offset - rows).square().sum(1))
-    assert loss(matrix, weight) < 1.05 * best.sum()
+    assert loss(matrix, weight) < (1.12 if minimum else 1.05) * best.sum()
     assert loss(matrix, weight) < 0.9 * loss(_largest_weight_first(weight, group), weight)
 
 

@@ -7,14 +7,17 @@ A job that cannot be taken at all ("rejected") never becomes one: `Engine.submit
 `Job.end`, and nothing but the engine calls that.
 """
 
-from collections.abc import Callable, Sequence as Rows
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from headspring.inference.generation import Generation, Request
-from headspring.inference.sampling import SamplingParams
+from headspring.inference.inspection import Probe, Seen
+from headspring.inference.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from headspring.inference.engine.sequence import Sequence
 
 Outcome = Literal["finished", "cancelled", "timeout", "failed"]
 
@@ -30,14 +33,17 @@ class Update:
     text: str
     token_ids: list[int]
     logprobs: list[float]
-    top_logprobs: list[Any] | None
+    top_logprobs: list[Mapping[int, float]] | None
     finish_reason: str | None
 
 
 @dataclass(eq=False)
 class Job:
     """`number` counts arrivals. `source` is what an encoder reads and `soft` what towers saw; `scope` is what a prefix must
-    have in common, beside its tokens, to be shared: the client's key and the description of its edits."""
+    have in common, beside its tokens, to be shared: the client's key and the description of its edits.
+
+    Once it has `finished` as "finished": `generations`; `seen`, what each answer's inspection saw, by its number;
+    `prompt_logprobs` (natural, of every token of the prompt but the first) and `prompt_tops` where asked for. Once it has failed: `error`."""
 
     number: int
     prompt: list[int]
@@ -47,14 +53,16 @@ class Job:
     priority: int = 0
     deadline: float | None = None
     scope: tuple[str, str] = ("", "")
-    edits: Any = None
+    probe: Probe | None = None
     notify: Callable[[Update], None] | None = None
-    requests: list[Request] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)  # one an answer
     outcome: Outcome | None = None
     error: Exception | None = None
-    prompt_logprobs: list[Any] | None = None
-    captures: dict[str, Tensor] = field(default_factory=dict)
     generations: list[Generation] = field(default_factory=list)
+    sequences: list["Sequence"] = field(default_factory=list)  # under way
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_tops: list[Mapping[int, float] | None] = field(default_factory=list)
+    seen: dict[int, Seen] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -62,14 +70,19 @@ class Job:
         return self.outcome is not None
 
     @property
+    def chooses(self) -> bool:
+        """Whether it tells its answers when all are there and the best are known."""
+        return self.params.answers > self.params.n or self.params.beam_width is not None
+
+    @property
     def wants_prompt(self) -> bool:
         """Whether log-probabilities of the prompt's own tokens are asked for."""
-        return getattr(self.params, "prompt_logprobs", None) is not None
+        return self.params.prompt_logprobs is not None
 
     @property
     def reads_prefix(self) -> bool:
         """Whether tokens that the cache knows need not be computed: nobody looks at what they make."""
-        return not self.wants_prompt and not getattr(self.edits, "captures", False)
+        return not self.wants_prompt and not (self.probe is not None and self.probe.looks)
 
     def end(self, outcome: Outcome, error: Exception | None = None) -> None:
         """The one end of a job. Only the engine calls this, having freed what the job held."""

@@ -17,7 +17,9 @@ from headspring.artifacts import UserError
 from headspring.inference.engine.cache import PAGE, Copy, Group
 from headspring.inference.engine.config import EngineConfig, default_memory
 from headspring.inference.engine.sequence import Sequence, Work
+from headspring.inference.inspection import watching
 from headspring.models.model import ModelModule
+from headspring.models.ragged import Ragged
 from headspring.models.state import State
 
 
@@ -77,13 +79,23 @@ class PlainRunner:
             if len(sequence.job.source):
                 given["source"] = torch.tensor([list(sequence.job.source)], device=self.model.device)
         tokens = torch.tensor([work.tokens], device=self.model.device)
-        return self.model(tokens, state=sequence.state, **given)[0]
+        alone = Ragged([sequence.computed], [work.count])
+        with watching(self.model, alone, [sequence.probe]):
+            return self.model(tokens, state=sequence.state, **given)[0]
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         child.state = copy.deepcopy(parent.state)
 
     def boundary(self, sequence: Sequence, length: int) -> int:
+        if length == 0:
+            sequence.state = None
+            return 0
         state = sequence.state
         assert isinstance(state, State)
         state.rewind(state.length - length)
         return length
+
+
+def runner_for(model: ModelModule, config: EngineConfig) -> Runner:
+    """The runner that fits a model."""
+    return PlainRunner(model, config)

@@ -1,59 +1,158 @@
-"""Hidden states to tokens, for the rows of a step: each request by its own settings and its own uniform numbers."""
+"""Logits to tokens for all sequences of a step: each request by its own settings and its own uniform numbers.
+
+A request has one row of logits, or more where tokens were proposed for it (speculation): row j then follows the first j
+proposals. Every row is sampled as it would have been without them, with the uniform number, the penalties and the mask of its
+place; the first token that is not the proposed one ends the run, and what lies behind it is not looked at. So a proposal can
+save a step and cannot change a token.
+
+What a request alone can break (NaN, a structure that gives up) is its own failure, returned and not raised.
+"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from headspring.artifacts import HeadspringError
 from headspring.inference.generation import Request
-from headspring.inference.sampling import RowParams, most_likely, sample
+from headspring.inference.sampling import RowParams, SamplingParams, log_probs_of_logits, pick, tops_of
+
+NO_PROPOSALS: tuple[int, ...] = ()
 
 
 class Sampler:
-    """Samples for requests of one model, whose tokenizer has `named` of its `vocab` ids."""
+    """Samples for requests of one model, whose tokenizer has `named` of its `vocab` ids; ids without text never come."""
 
     def __init__(self, vocab: int, named: int, device: torch.device):
-        self.vocab, self.device = vocab, device
-        # A model may have more rows than its tokenizer has tokens; those ids have no text.
-        self.nameless: Tensor | None = None
-        if vocab > named:
-            self.nameless = torch.arange(vocab, device=device)[None] >= named
+        self.vocab, self.named, self.device = vocab, named, device
+        self._columns: tuple[list[SamplingParams], RowParams] = ([], RowParams.of([], named, device))
 
-    def sample(self, requests: Sequence[Request], logits: Tensor) -> list[Exception | None]:
-        """Give each request its next token from its row of (R, V) float32; for each, what went wrong with it alone."""
-        rows = RowParams.of([request.params for request in requests], self.vocab, self.device)
-        uniforms = torch.stack([request.uniforms[len(request.token_ids)] for request in requests]).to(self.device)
-        seen = self._mask([request.prompt + request.token_ids for request in requests]) if rows.any_penalty else None
-        ids, log_probs = sample(logits, rows, uniforms, seen, self._banned(requests))
-        self._record_top(requests, logits)
-        failures: list[Exception | None] = []
-        for request, token, log_prob in zip(requests, ids.tolist(), log_probs.tolist(), strict=True):
-            broken = math.isnan(log_prob)
-            message = "the model gave NaN logits; its weights or an intervention are broken"
-            failures.append(HeadspringError(message) if broken else None)
-            if not broken:
-                request.accept(token, log_prob)
+    def sample(
+        self, requests: Sequence[Request], logits: Tensor, proposals: Sequence[Sequence[int]] | None = None
+    ) -> list[Exception | None]:
+        """Give each request its next tokens: one, and one more for each proposal that turned out right.
+
+        logits (R, V) float32, of each request 1 + len(its proposals) rows. For each request: what went wrong with it alone."""
+        proposed = proposals or [NO_PROPOSALS] * len(requests)
+        starts = [0]
+        for tokens in proposed:
+            starts.append(starts[-1] + 1 + len(tokens))
+        failures: list[Exception | None] = [None] * len(requests)
+        ids = self._choose(requests, logits, proposed, starts, failures)
+        runs = [_run(ids[start:end], tokens) for start, end, tokens in zip(starts, starts[1:], proposed)]
+        self._hand_out(requests, logits, runs, starts, failures)
         return failures
 
-    def _banned(self, requests: Sequence[Request]) -> Tensor | None:
-        """(B or 1, V) bool: ids without text, and stop tokens that would come too early."""
-        if all(request.may_stop for request in requests):
-            return self.nameless
-        early = self._mask([() if request.may_stop else request.stop_ids for request in requests])
-        return early if self.nameless is None else early | self.nameless
+    def _choose(
+        self,
+        requests: Sequence[Request],
+        logits: Tensor,
+        proposed: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        failures: list[Exception | None],
+    ) -> list[int]:
+        """The token of every row, as if all proposals before it were right."""
+        adjusted = logits[:, : self.named]
+        changing = [i for i, request in enumerate(requests) if _adjusts(request)]
+        if changing:
+            adjusted = adjusted.clone()
+        for i in changing:
+            try:
+                adjust(adjusted[starts[i] : starts[i + 1]], requests[i], proposed[i])
+            except HeadspringError as error:
+                failures[i] = error
+        params = [request.params for request, tokens in zip(requests, proposed) for _ in range(1 + len(tokens))]
+        return pick(adjusted, self._rows(params), self._uniforms(requests, proposed)).tolist()
 
-    def _record_top(self, requests: Sequence[Request], logits: Tensor) -> None:
-        count = max(request.params.logprobs or 0 for request in requests)
-        ids, values = most_likely(logits, min(count, self.vocab))
-        for request, row_ids, row_values in zip(requests, ids.tolist(), values.tolist(), strict=True):
-            if (wanted := request.params.logprobs) is not None:
-                request.top_logprobs.append(dict(zip(row_ids[:wanted], row_values[:wanted], strict=True)))
+    def _rows(self, params: list[SamplingParams]) -> RowParams:
+        """The settings as columns; a step mostly has the rows of the one before."""
+        if len(params) != len(self._columns[0]) or any(a is not b for a, b in zip(params, self._columns[0])):
+            self._columns = params, RowParams.of(params, self.named, self.device)
+        return self._columns[1]
 
-    def _mask(self, rows: Sequence[Iterable[int]]) -> Tensor:
-        """(B, V) bool, True at each row's ids."""
-        mask = torch.zeros(len(rows), self.vocab, dtype=torch.bool)
-        for row, ids in enumerate(rows):
-            mask[row, torch.tensor(list(ids), dtype=torch.int64)] = True
-        return mask.to(self.device)
+    def _uniforms(self, requests: Sequence[Request], proposed: Sequence[Sequence[int]]) -> Tensor:
+        """(R,) float64; a row beyond the last token that a request may have needs none, and gets one that is used already."""
+        numbers = []
+        for request, tokens in zip(requests, proposed):
+            first = len(request.token_ids)
+            own = request.uniforms[first : first + 1 + len(tokens)]
+            numbers += [own, own[-1:].expand(1 + len(tokens) - len(own))]
+        return torch.cat(numbers).to(self.device)
+
+    def _hand_out(
+        self,
+        requests: Sequence[Request],
+        logits: Tensor,
+        runs: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        failures: list[Exception | None],
+    ) -> None:
+        """Give the requests their tokens, with log-probabilities under the model itself."""
+        rows = [start + j for start, run in zip(starts, runs) for j in range(len(run))]
+        if len(rows) < len(logits):
+            logits = logits[torch.tensor(rows, device=logits.device)]
+        ids = torch.tensor([token for run in runs for token in run], device=logits.device)
+        log_probs = log_probs_of_logits(logits, ids).tolist()
+        place = 0
+        for i, (request, run) in enumerate(zip(requests, runs)):
+            own = slice(place, place + len(run))
+            place += len(run)
+            if failures[i] is None:
+                failures[i] = _take(request, logits[own], run, log_probs[own])
+
+
+def _run(ids: Sequence[int], proposed: Sequence[int]) -> Sequence[int]:
+    """The tokens that stand: up to the first that was not the proposed one."""
+    for j, token in enumerate(proposed):
+        if ids[j] != token:
+            return ids[: j + 1]
+    return ids
+
+
+def _take(request: Request, logits: Tensor, run: Sequence[int], log_probs: Sequence[float]) -> Exception | None:
+    """Hand a run to its request, until that has enough."""
+    tops = tops_of(logits, run, log_probs, request.params.logprobs)
+    for token, log_prob, top in zip(run, log_probs, tops, strict=True):
+        if math.isnan(log_prob):
+            return HeadspringError("the model gave NaN logits; its weights or an intervention are broken")
+        try:
+            request.accept(token, log_prob, top)
+        except HeadspringError as error:
+            return error
+        if request.finish_reason is not None:
+            break
+    return None
+
+
+# ---- what a request changes before anything is chosen
+
+
+def _adjusts(request: Request) -> bool:
+    params = request.params
+    constrained = request.matcher is not None or bool(params.logit_bias) or not request.may_stop
+    return constrained or request.history is not None
+
+
+def adjust(rows: Tensor, request: Request, proposed: Sequence[int]) -> None:
+    """Penalties, bias and what is allowed, on logits (1 + len(proposed), V) float32 in place. Raises `HeadspringError` where a
+    structure cannot go on."""
+    params, written = request.params, request.token_ids
+    if request.history is not None:
+        for row, token in zip_longest(rows, proposed):
+            request.history.penalize(row, params)
+            if token is not None:
+                request.history.push(token)
+        for _ in proposed:
+            request.history.pop()
+    if params.logit_bias:
+        biased = torch.tensor(list(params.logit_bias), device=rows.device)
+        rows[:, biased] += torch.tensor(list(params.logit_bias.values()), device=rows.device)
+    early = params.min_tokens - len(written)
+    if early > 0 and request.stop_ids:
+        stops = [token for token in request.stop_ids if token < rows.shape[1]]
+        rows[:early, torch.tensor(stops, device=rows.device)] = -torch.inf
+    if request.matcher is not None:
+        for row, mask in zip(rows, request.matcher.masks(proposed)):
+            row.masked_fill_(torch.from_numpy(~mask).to(rows.device), -torch.inf)

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from headspring.inference.engine.job import Job
 from headspring.inference.generation import Request
+from headspring.inference.inspection import Probe
 
 
 class Sequence:
     """`tables` are its pages, one list for each group of layers, and `nodes` the serial numbers of its full pages in the index
     of prefixes. `state` is what a runner remembers of it beside pages. `row` (V,) are logits that wait for those of its
-    siblings (beam search)."""
+    siblings (beam search), `proposals` tokens guessed to come next, `probe` what looks at its activations."""
 
-    __slots__ = ("job", "request", "answer", "tokens", "computed", "tables", "nodes", "state", "row", "proposals", "running")
+    __slots__ = ("job", "request", "answer", "tokens", "computed", "tables", "nodes", "state", "row", "proposals", "probe", "running")
 
     def __init__(self, job: Job, request: Request, answer: int):
         self.job, self.request, self.answer = job, request, answer
@@ -32,6 +33,7 @@ class Sequence:
         self.state: Any = None
         self.row: Tensor | None = None
         self.proposals: list[int] = []
+        self.probe: Probe | None = None
         self.running = False
 
     @property

@@ -30,8 +30,8 @@ def gptq_int4(weight: torch.Tensor, hessian: torch.Tensor, group: int, minimum: 
     An input that was never other than 0 keeps its rounded weight, and corrects nothing.
     """
     weight, (outputs, inputs) = weight.float().clone(), weight.shape
-    importance = hessian.diagonal().clone()
-    factor = _inverse_factor(hessian)
+    damped = _damped(hessian)
+    importance, factor = damped.diagonal().float(), _inverse_factor(damped)
     values = torch.empty(outputs, inputs, dtype=torch.int8)
     scales, minimums = torch.empty(outputs, inputs // group), torch.empty(outputs, inputs // group)
     step = group * max(1, BLOCK // group)
@@ -55,10 +55,13 @@ def gptq_int4(weight: torch.Tensor, hessian: torch.Tensor, group: int, minimum: 
     return QuantizedMatrix(values, scales, minimums if minimum else None, 4)
 
 
-def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor C of H⁻¹ = Cᵀ C, float32, computed in float64."""
+def _damped(hessian: torch.Tensor) -> torch.Tensor:
+    """H with `DAMPING`, float64; the identity for a part that no text reached, which makes GPTQ plain rounding."""
     wide = hessian.double()
     mean = wide.diagonal().mean()
-    damping = DAMPING * mean if mean > 0 else torch.ones(())  # a part that no text reached: H = 1 is plain rounding
-    damped = wide + torch.eye(len(wide), dtype=wide.dtype) * damping
+    return wide + torch.eye(len(wide), dtype=wide.dtype) * (DAMPING * mean if mean > 0 else 1.0)
+
+
+def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor C of H⁻¹ = Cᵀ C, float32."""
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()

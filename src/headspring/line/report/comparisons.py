@@ -102,11 +102,20 @@ def _judge_contrastive(run: RunView, stage: StageView) -> Verdict | None:
     return _judge_rate(stage, "held-out sources found first", found["before"], found["after"], ends)
 
 
+def _judge_multimodal(run: RunView, stage: StageView) -> Verdict | None:
+    found = lookup(stage.metrics, "answers")
+    if found is None:
+        return None
+    ends = _interval(found["difference"])
+    return _judge_rate(stage, "questions about held-out items answered", found["before"], found["after"], ends)
+
+
 _JUDGES = {
     "pretrain": _judge_pretrain,
     "sft": _judge_sft,
     "preference": _judge_preference,
     "contrastive": _judge_contrastive,
+    "multimodal": _judge_multimodal,
 }
 
 

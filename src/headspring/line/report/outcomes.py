@@ -72,6 +72,7 @@ _LINES = {
     "sft": _trained,
     "preference": _trained,
     "contrastive": _trained,
+    "multimodal": _trained,
     "evaluate": _evaluate,
     "baselines": _baselines,
 }

@@ -16,7 +16,7 @@ from headspring.artifacts.files import read_json
 from headspring.artifacts.manifest import Manifest, read_manifest
 from headspring.line.record import FILE, read_record
 
-TRAINED_KINDS = ("pretrain", "sft", "preference", "contrastive")
+TRAINED_KINDS = ("pretrain", "sft", "preference", "contrastive", "multimodal")
 MEASURING_KINDS = ("evaluate", "baselines")
 
 

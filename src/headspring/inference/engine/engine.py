@@ -1,0 +1,221 @@
+"""The engine: many requests, one model, one `step()` at a time.
+
+    submit ─→ waiting ─ schedule ─→ running ─ compute · sample ─→ finished, once
+                 ▲                     │
+                 └───── preempted ─────┘
+
+A step schedules sequences, computes their tokens by one call of the module, samples, and tells whoever listens. Nothing that a
+request gets depends on what else runs: every row is computed from its own sequence alone and sampled by its own numbers.
+
+The engine belongs to one thread; a server queues in front of it. `notify` is called inside a step and may cancel or submit. What
+goes wrong in one request (logits that are not numbers, a matcher or an edit that raises) ends that request alone: where a whole
+step raises, its sequences are computed again one by one, and the one that raises is the one that failed.
+
+What it gives up: a step waits for its slowest part, and Python says what comes next; at 64 sequences that costs about as much as
+one layer of a small model.
+"""
+
+import time
+from collections.abc import Callable, Sequence as Rows
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from headspring.artifacts import UserError
+from headspring.inference.engine.answering import Answering
+from headspring.inference.engine.cache import Cache
+from headspring.inference.engine.config import EngineConfig, QueueFull
+from headspring.inference.engine.job import Job, Outcome, Update
+from headspring.inference.engine.runner import Runner, runner_for
+from headspring.inference.engine.scheduler import Scheduler
+from headspring.inference.engine.sequence import Sequence, Work
+from headspring.inference.engine.submission import checked_prompt
+from headspring.inference.inspection import Inspection, Probe
+from headspring.inference.sampling_params import SamplingParams
+from headspring.models.model import ModelModule
+from headspring.tokenization.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts since the start, and `waiting`, `running`, `pages_used`, `pages_total` as they are now. `waiting` and `running` are
+    answers; `tokens` were sampled, `computed_tokens` went through the model, `prefix_hits` did not have to."""
+
+    waiting: int
+    running: int
+    pages_used: int
+    pages_total: int
+    steps: int
+    tokens: int
+    computed_tokens: int
+    prefix_hits: int
+    preemptions: int
+    submitted: int
+    rejected: int
+    finished: int
+    cancelled: int
+    timeout: int
+    failed: int
+
+
+class Engine:
+    """Answers requests to `model`. `clock` gives seconds that only grow."""
+
+    def __init__(
+        self,
+        model: ModelModule,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        runner: Runner | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.model, self.tokenizer, self.config, self.clock = model, tokenizer, config or EngineConfig(), clock
+        self.runner = runner or runner_for(model, self.config)
+        self.cache = Cache(self.runner.groups, self.runner.shares and self.config.prefix_sharing)
+        self.scheduler = Scheduler(self.cache, self.config.max_sequences, self.config.chunk)
+        self.context = min(model.config.context, self.config.context or model.config.context)
+        self.answering = Answering(self)
+        self.jobs: dict[int, Job] = {}  # that have not ended, by number
+        self.counts = dict.fromkeys(("steps", "computed_tokens", "submitted", "rejected", *get_args(Outcome)), 0)
+
+    # ---- what a client does
+
+    def submit(
+        self,
+        prompt: Rows[int],
+        params: SamplingParams,
+        *,
+        source: Rows[int] = (),
+        soft: Any = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        key: str = "",
+        edits: Inspection | None = None,
+        notify: Callable[[Update], None] | None = None,
+    ) -> Job:
+        """Ask for answers to a prompt of token ids. `source` is what an encoder reads, `soft` what towers made of pictures and
+        sounds (`SoftTokens`). Higher `priority` goes first; after `timeout` seconds the job ends, finished or not. Jobs of
+        different `key` share no prefixes. `edits` look at activations or change them. `notify` gets an
+        `Update` for each step of each answer, unless the answers are still to be chosen from (best_of, beams): then one each.
+
+        Raises `UserError` for what can never be answered, `QueueFull` where too many wait already."""
+        try:
+            job = self._job(prompt, params, source, soft, edits)
+        except UserError:
+            self.counts["rejected"] += 1
+            raise
+        job.priority, job.notify = priority, notify
+        job.deadline = None if timeout is None else self.clock() + timeout
+        job.scope = key, "" if job.probe is None else job.probe.key
+        self.counts["submitted"] += 1
+        self.jobs[job.number] = job
+        self.scheduler.add(job.sequences[0])
+        return job
+
+    def _job(self, prompt: Rows[int], params: SamplingParams, source: Rows[int], soft: Any, edits: Inspection | None) -> Job:
+        limit = self.config.max_queue
+        if limit is not None and len({sequence.job.number for sequence in self.scheduler.waiting}) >= limit:
+            raise QueueFull(f"{limit} requests are waiting already; try again later")
+        tokens = checked_prompt(self.model.config, prompt, params, source)
+        job = Job(self.counts["submitted"], tokens, params, list(source), soft)
+        sequence = self.answering.first(job)
+        new = sequence.request.new_tokens
+        for group in self.cache.groups:
+            if group.most_pages(len(tokens) + new - 1, self.config.chunk) > group.num_pages:
+                raise UserError(
+                    f"{len(tokens)} tokens of prompt and {new} of answer need more memory than the engine has in all; "
+                    "ask for fewer, or give it more (memory)"
+                )
+        if edits is not None:
+            sequence.probe = job.probe = Probe.of(self.model, edits, len(tokens), new)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End a job, wherever it is; what it holds is free at once. One that has ended stays as it ended."""
+        if not job.finished:
+            self.end(job, "cancelled")
+
+    # ---- a step
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Compute and sample once. False where nothing is left to do."""
+        for job in [job for job in self.jobs.values() if job.deadline is not None and job.deadline <= self.clock()]:
+            self.end(job, "timeout")
+        work = self.scheduler.schedule()
+        if work:
+            self.counts["steps"] += 1
+            self.answering.ask(work)
+            done = self._compute(work)
+            self.answering.answer(done)
+        assert work or not self.jobs, "jobs are left, and none of them can go on"
+        if self.config.debug:
+            self.cache.check(self.scheduler)
+        return bool(self.jobs)
+
+    def run(self) -> None:
+        """Steps until nothing is left to do."""
+        while self.step():
+            pass
+
+    def _compute(self, work: list[Work]) -> list[tuple[Work, Tensor]]:
+        """Each work that succeeded, with the hidden states (rows, D) that it wanted."""
+        try:
+            self.runner.copy([copy for _, copy in self.scheduler.copies])
+            hidden = self.runner.run(work)
+            done = list(zip(work, hidden.split([item.rows for item in work]), strict=True))
+        except Exception:
+            done = [(item, hidden) for item in work if (hidden := self._alone(item)) is not None]
+        for item, _ in done:
+            item.sequence.computed += item.count
+            self.counts["computed_tokens"] += item.count
+        return done
+
+    def _alone(self, work: Work) -> Tensor | None:
+        """The same for one sequence, after a step of several raised; None where it is the one that does."""
+        sequence = work.sequence
+        try:
+            if self.go_back(sequence, sequence.computed):
+                return self.runner.run([work])
+            self.scheduler.preempt(sequence)  # it begins again, in a step of its own making
+        except Exception as error:
+            self.end(sequence.job, "failed", error)
+        return None
+
+    def go_back(self, sequence: Sequence, length: int) -> bool:
+        """Forget what was computed after `length` tokens, or a little more where a state cannot go back to just there: then
+        False."""
+        kept = length if sequence.state is None else self.runner.boundary(sequence, length)
+        self.cache.shorten(sequence, kept)
+        return kept == length
+
+    # ---- the end of a job
+
+    def end(self, job: Job, outcome: Outcome, error: Exception | None = None) -> None:
+        """End a job and free what it holds."""
+        unfinished = [sequence.answer for sequence in job.sequences] or [0]
+        for sequence in job.sequences:
+            self.scheduler.remove(sequence)
+        job.sequences.clear()
+        del self.jobs[job.number]
+        self.counts[outcome] += 1
+        job.end(outcome, error)
+        if outcome != "finished" and job.notify is not None:
+            for answer in unfinished:
+                job.notify(Update(answer, "", [], [], None, outcome))
+
+    def stats(self) -> Statistics:
+        """What the engine does now, and what it has done."""
+        return Statistics(
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            pages_used=self.cache.used,
+            pages_total=self.cache.total,
+            tokens=self.answering.tokens,
+            prefix_hits=self.cache.hits,
+            preemptions=self.scheduler.preemptions,
+            **self.counts,
+        )

@@ -1,0 +1,68 @@
+"""Whole numbers into a model, and out of it again.
+
+`install` packs each matrix for the products of this machine and gives the memory of the float weights back. `installed`
+reads a model's matrices out of their packed form, for saving.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from headspring.models.embedding import Table
+from headspring.models.model import ModelModule
+from headspring.models.packed import PackedMatrix, join_parts, pack_groups, pack_int8, release_weights
+from headspring.models.part import Linear
+from headspring.models.quantized import QuantizedMatrix
+
+
+def pack(matrix: QuantizedMatrix) -> PackedMatrix:
+    """In the layout that a product reads."""
+    if matrix.by_channel:
+        return pack_int8(matrix.values, matrix.scales[:, 0])
+    return pack_groups(matrix.values, matrix.scales, matrix.minimums, matrix.bits)
+
+
+def unpack(packed: PackedMatrix) -> QuantizedMatrix:
+    """The inverse of `pack`."""
+    values, scales, minimums = packed.unpacked
+    assert scales is not None, "a matrix in bfloat16 is none of whole numbers"
+    return QuantizedMatrix(values, scales.view(len(values), -1), minimums, packed.bits)
+
+
+def install(model: ModelModule, matrices: Mapping[str, QuantizedMatrix]) -> None:
+    """Let `matrices`, by the name of their parameter, take the place of its float weights, which are released.
+
+    The model can then be asked and saved, but not trained."""
+    output = model.output_weight
+    for name, matrix in matrices.items():
+        owner, parameter = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
+        packed = pack(matrix)
+        if parameter is output:  # also of a body inside, which has the same head
+            for module in model.modules():
+                if isinstance(module, ModelModule) and module.output_weight is parameter:
+                    module.packed_head = packed
+        if isinstance(owner, Linear | Table):
+            owner.packed = packed
+    join_parts(model)
+    release_weights(model)
+    for name in matrices:
+        parameter = model.get_parameter(name)
+        if parameter.untyped_storage().nbytes() > parameter.element_size():  # a table, which is not a `Linear`
+            parameter.data = torch.full((1,), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
+    model.requires_grad_(False)
+
+
+def installed(model: ModelModule) -> dict[str, QuantizedMatrix]:
+    """The matrices of whole numbers by the name of their parameter; {} for a model of plain weights."""
+    found = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, Linear | Table) and module.packed is not None and module.packed.kind != "bf16":
+            found[f"{prefix}.weight".lstrip(".")] = unpack(module.packed)
+    return found
+
+
+def plain(model: ModelModule, dtype: torch.dtype) -> None:
+    """Cast every matrix that has float weights still to `dtype`; vectors keep their precision, which costs nothing."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and parameter.stride(-1) == 1:
+            parameter.data = parameter.data.to(dtype)
