@@ -164,7 +164,11 @@ class Cache:
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """The child holds what the parent does."""
-        child.tables, child.nodes, child.computed = [list(table) for table in parent.tables], list(parent.nodes), parent.computed
+        child.tables, child.nodes, child.computed = (
+            [list(table) for table in parent.tables],
+            list(parent.nodes),
+            parent.computed,
+        )
         for pool, table in zip(self.pools, child.tables, strict=False):
             for page in table:
                 if page != GONE:

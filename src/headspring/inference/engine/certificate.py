@@ -27,7 +27,7 @@ from torch import Tensor
 from headspring.artifacts import UserError, Value
 from headspring.artifacts.environment import environment, processor_name
 from headspring.artifacts.files import write_json
-from headspring.inference.engine.schedules import Asked, Schedule, alone, play, requests, threads
+from headspring.inference.engine.schedules import Asked, Schedule, play, requests, threads
 from headspring.inference.generation import Generation
 from headspring.inference.language_model import LanguageModel
 from headspring.models import kernels, native, scoring
@@ -89,7 +89,9 @@ class Certificate(Value):
             f"   {'quick' if self.quick else 'long'} proof, revision {self.revision}, {self.seconds:.0f} s",
         ]
         head += [check.text() for check in self.checks]
-        return "\n".join(head + [f"   beside it, {other.name}: KL {other.kl:.1e}, largest {other.largest:.1e}" for other in self.others])
+        return "\n".join(
+            head + [f"   beside it, {other.name}: KL {other.kl:.1e}, largest {other.largest:.1e}" for other in self.others]
+        )
 
 
 def certify(lm: LanguageModel, quick: bool = True, fresh: bool = False) -> Certificate:
@@ -98,7 +100,9 @@ def certify(lm: LanguageModel, quick: bool = True, fresh: bool = False) -> Certi
     Raises `UserError` for models that have none: encoders, and those that read another sequence or count."""
     lm.require_causal()
     if lm.model.config.reads_source or lm.model.config.counted:
-        raise UserError(f"a model of kind {lm.model.config.kind!r} has no certificate: it does not run side by side with others")
+        raise UserError(
+            f"a model of kind {lm.model.config.kind!r} has no certificate: it does not run side by side with others"
+        )
     weights, machine = weights_digest(lm.model), _machine()
     precision = _precision(lm.model)
     key = repr((weights, sorted(machine.items()), kernels.numerics_id(), precision, quick, REVISION))
@@ -193,7 +197,9 @@ class _Proof:
             ("threads", Schedule(max_sequences=4, threads=self.threads), lambda stats: True),
             ("speculation", Schedule(speculates=True), lambda stats: True),
         ):
-            yield self._engine(f"engine, {name}", schedule, lambda stats, happened=happened: "" if happened(stats) else "did not happen")
+            yield self._engine(
+                f"engine, {name}", schedule, lambda stats, happened=happened: "" if happened(stats) else "did not happen"
+            )
         for seed in range(1, 3 if self.quick else 30):
             yield self._engine(f"engine, random schedule {seed}", Schedule.random(seed, self.threads), lambda stats: "")
 

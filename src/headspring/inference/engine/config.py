@@ -18,12 +18,16 @@ class QueueFull(UserError):
 class EngineConfig(Value):
     """How much an engine takes on. Invalid values raise pydantic's `ValidationError`."""
 
-    memory: int | None = Field(None, gt=0, description="bytes for pages; by default at most 1 GiB and a quarter of what is free")
+    memory: int | None = Field(
+        None, gt=0, description="bytes for pages; by default at most 1 GiB and a quarter of what is free"
+    )
     max_sequences: int = Field(64, ge=1, description="answers that run together")
     chunk: int = Field(512, ge=1, description="tokens of a step; prompts are read in pieces of at most this many")
     max_queue: int | None = Field(None, ge=0, description="jobs that may wait; one more is refused. None: any number")
     context: int | None = Field(None, ge=2, description="tokens of the longest sequence; by default what the model is made for")
-    cache_dtype: Literal["auto", "int8"] = Field("auto", description="int8 halves the bytes of keys and values, with a scale each")
+    cache_dtype: Literal["auto", "int8"] = Field(
+        "auto", description="int8 halves the bytes of keys and values, with a scale each"
+    )
     prefix_sharing: bool = Field(True, description="keep pages of what was read, for prompts that begin alike")
     speculation: Value | None = Field(None, description="a value of `inference.speculation`; no token changes by it")
     debug: bool = Field(False, description="check the books of the cache after every step")
@@ -31,7 +35,9 @@ class EngineConfig(Value):
     @model_validator(mode="after")
     def _a_token_for_each(self) -> Self:
         if self.chunk < self.max_sequences:
-            raise ValueError(f"a step of chunk={self.chunk} tokens has none for some of max_sequences={self.max_sequences} answers")
+            raise ValueError(
+                f"a step of chunk={self.chunk} tokens has none for some of max_sequences={self.max_sequences} answers"
+            )
         return self
 
 

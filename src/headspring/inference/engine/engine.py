@@ -16,7 +16,8 @@ one layer of a small model.
 """
 
 import time
-from collections.abc import Callable, Sequence as Rows
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any, get_args
 

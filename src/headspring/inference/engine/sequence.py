@@ -22,7 +22,20 @@ class Sequence:
     of prefixes. `state` is what a runner remembers of it beside pages. `row` (V,) are logits that wait for those of its
     siblings (beam search), `proposals` tokens guessed to come next, `probe` what looks at its activations."""
 
-    __slots__ = ("job", "request", "answer", "tokens", "computed", "tables", "nodes", "state", "row", "proposals", "probe", "running")
+    __slots__ = (
+        "answer",
+        "computed",
+        "job",
+        "nodes",
+        "probe",
+        "proposals",
+        "request",
+        "row",
+        "running",
+        "state",
+        "tables",
+        "tokens",
+    )
 
     def __init__(self, job: Job, request: Request, answer: int):
         self.job, self.request, self.answer = job, request, answer
