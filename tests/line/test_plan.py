@@ -3,12 +3,18 @@
 import json
 
 import pytest
+import torch
 
 from headspring.artifacts import UserError
-from headspring.line import estimates
+from headspring.cli import main
+from headspring.data.batch import Batch
+from headspring.line import estimates, memory
 from headspring.line.plan import plan
 from headspring.line.registry import Estimate, Known, Stage
 from headspring.line.run import run
+from headspring.tokenization.train import TokenizerConfig
+from headspring.training.optimizers import build_optimizers
+from headspring.training.pretrain import PretrainConfig
 from tests.line import toy
 
 
@@ -77,9 +83,6 @@ def test_fine_tuning_costs_as_much_a_token_as_pretraining():
 
 
 def test_the_real_pretraining_is_measured():
-    from headspring.tokenization.train import TokenizerConfig
-    from headspring.training.pretrain import PretrainConfig
-
     config = PretrainConfig(model={"width": 32, "depth": 1, "heads": 2, "context": 32}, steps=3, batch_size=2)
     found = estimates.pretrain(config, Known({"tokenizer": TokenizerConfig(vocab_size=300)}, {}))
     assert found.tokens == 3 * 2 * 32 and found.sample_tokens == 32
@@ -99,3 +102,72 @@ def test_a_fresh_run_of_every_recipe_can_be_estimated(tmp_path, monkeypatch):
     assert by_name["sft"].seconds == pytest.approx(by_name["sft"].tokens / 1e5 * 100.0)
     assert by_name["evaluate-initial"].seconds < by_name["evaluate-sft"].seconds
     assert not plan("smoke", ["data.sources=s3://bucket/a.txt"], tmp_path / "run").complete
+
+
+# ---- memory
+
+
+def pretrain_memory(**changes):
+    config = PretrainConfig.model_validate(
+        {"model": {"width": 32, "depth": 3, "heads": 2, "context": 32}, "steps": 3, "batch_size": 6, "precision": "fp32"}
+        | changes
+    )
+    return config, memory.pretrain(config, Known({"tokenizer": TokenizerConfig(vocab_size=300)}, {}))
+
+
+@pytest.mark.parametrize("optimizer", [{"kind": "adamw"}, {"kind": "muon"}])
+@pytest.mark.parametrize("model", [{"tied": False}, {"kind": "headed", "body": {"width": 32, "depth": 2, "context": 32}}])
+def test_the_memory_of_weights_gradients_and_optimizer_is_what_a_step_holds(optimizer, model):
+    model = model if "kind" in model else {"width": 32, "depth": 3, "heads": 2, "context": 32} | model
+    objective = "multi_token" if "kind" in model else "next_token"
+    config, found = pretrain_memory(model=model, optimizer=optimizer, objective=objective)
+    module = config.described(300).build()
+    optimizers = build_optimizers(module, config.optimizer)
+    tokens = torch.randint(0, 300, (2, 17))
+    torch.autograd.backward(config.minimised().loss(module, Batch(tokens[:, :-1], tokens[:, 1:]))[0])
+    for each in optimizers:
+        each.step()
+    states = [value for each in optimizers for state in each.state.values() for value in state.values()]
+    held = sum(tensor.nbytes for tensor in states if tensor.ndim)  # AdamW's step is one number
+    assert found.optimizer == held
+    assert found.weights == sum(p.nbytes for p in module.parameters())
+    assert found.gradients == sum(p.grad.nbytes for p in module.parameters())
+
+
+def test_activations_grow_with_what_is_computed_at_once():
+    _, whole = pretrain_memory()
+    _, pieces = pretrain_memory(micro_batch_size=2)
+    _, half = pretrain_memory(precision="bf16")
+    _, again = pretrain_memory(activation_checkpointing=True)
+    assert whole.tokens == 6 * 32 == 3 * pieces.tokens
+    assert whole.activations == 3 * pieces.activations == 2 * half.activations
+    assert 0.3 < again.activations / whole.activations < 0.8
+    counted = PretrainConfig(model={"kind": "ngram"})
+    assert memory.pretrain(counted, Known({"tokenizer": TokenizerConfig(vocab_size=300)}, {})) is None
+
+
+def test_what_follows_a_model_knows_its_memory(tmp_path):
+    """A finished stage too, whose time is known and not estimated; a frozen reference is held once more."""
+    (tmp_path / "a.txt").write_text("x" * 12_000)
+    with pytest.MonkeyPatch.context() as patch:
+        figures = {"seconds": 100.0, "tokens": 1e5, "parameters": 1e6, "flops": 1e12}
+        patch.setattr("headspring.training.pretrain.plan", lambda config, vocab_size: figures)
+        whole = plan("smoke", [f"data.sources={tmp_path / 'a.txt'}"], tmp_path / "run")
+    found = {row.stage: row.memory for row in whole.stages}
+    assert found["dpo"].weights == 2 * found["sft"].weights == 2 * found["pretrain"].weights > 0
+    assert found["data"] is None and found["evaluate-sft"] is None
+    said = json.loads(json.dumps(whole.as_json()))["stages"]
+    by_name = {row["stage"]: row["memory"] for row in said}
+    assert by_name["pretrain"]["total"] == found["pretrain"].total and by_name["tokenizer"] is None
+
+
+def test_the_verb_prints_what_memory_is_made_of_and_the_model(tmp_path, monkeypatch, capsys):
+    figures = {"seconds": 100.0, "tokens": 1e5, "parameters": 1e6, "flops": 1e12}
+    monkeypatch.setattr("headspring.training.pretrain.plan", lambda config, vocab_size: figures)
+    arguments = ["smoke", "--run-dir", str(tmp_path / "run"), "--until", "pretrain", "--parts"]
+    with pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr("sys.argv", ["headspring", "plan", *arguments])
+        main()
+    out = capsys.readouterr().out
+    assert not ended.value.code and "optimizer" in out and "tokens at once" in out and "mixer.pre" in out
+    assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import sys
 import typer
 
 from headspring.artifacts.errors import HeadspringError
-from headspring.cli import audit, convert, evaluate, generate, run, tokens
+from headspring.cli import audit, convert, evaluate, generate, plan, run, serve, tokens
 
 app = typer.Typer(
     name="headspring",
@@ -39,8 +39,10 @@ def _options(
 
 
 run.register(app)
+plan.register(app)
 generate.register(app)
 evaluate.register(app)
+serve.register(app)
 convert.register(app)
 audit.register(app)
 app.add_typer(tokens.app, name="tokens")

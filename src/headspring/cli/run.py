@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from headspring.cli.plan import Force, Overrides, Recipe, RunDir, Until, show
+
 HELP = """Run a recipe: raw text to a model that answers.
 
 What is finished and unchanged is skipped; what was interrupted goes on.
@@ -18,17 +20,11 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of one in recipes/.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Such as pretrain.steps=200 or data.sources=~/notes."),
-    ] = None,
-    run_dir: Annotated[str | None, typer.Option(help="The run's folder; runs/<recipe> where not given.")] = None,
-    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
-    force: Annotated[
-        list[str] | None,
-        typer.Option(metavar="STAGE", help="Make this stage, and what follows from it, again. Repeatable."),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    until: Until = None,
+    force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; run nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan, or the stages and their metrics, as JSON.")]
     = False,
@@ -36,13 +32,7 @@ def run(
     import json
 
     if dry_run:
-        from headspring.line.plan import plan
-
-        planned = plan(recipe, overrides or (), run_dir, until, force or ())
-        if as_json:
-            print(json.dumps(planned.as_json(), indent=2))
-        else:
-            planned.print()
+        show(recipe, overrides, run_dir, until, force, as_json=as_json, details=False)
         return
     from headspring.line import closing
     from headspring.line.run import run as run_line

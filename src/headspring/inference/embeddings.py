@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from headspring.artifacts.errors import CorruptArtifact, UserError
 from headspring.artifacts.files import read_json, write_json
-from headspring.inference.decoding import pad_left
+from headspring.data.batch import pad_left
 from headspring.models.model import ModelModule
 from headspring.models.pooling import Mode, Pooling, pool
 from headspring.tokenization.framing import framed
@@ -38,7 +39,7 @@ def embed(model: ModelModule, tokenizer: Tokenizer, texts: Sequence[str], poolin
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        tokens, padding = pad_left([rows[i] for i in chosen], tokenizer.pad_id or 0)
+        tokens, padding = pad_left([np.array(rows[i]) for i in chosen], tokenizer.pad_id or 0)
         padding = None if padding is None else padding.to(model.device)
         hidden = model(tokens.to(model.device), padding=padding)
         vectors[chosen] = pool(model, hidden, padding, pooling).cpu()

@@ -18,12 +18,16 @@ from torch import Tensor
 
 from headspring.artifacts import UserError
 from headspring.artifacts.progress import task
-from headspring.inference.decoding import decode, in_batches
 from headspring.inference.embeddings import embed, read_pooling, write_pooling
-from headspring.inference.generation import Generation, Request
-from headspring.inference.loading import BASE_KINDS, choose_device, choose_dtype, download, find, read_model
-from headspring.inference.sampling import SamplingParams
-from headspring.models import EncoderDecoder, save_model, scoring
+from headspring.inference.engine import Engine, EngineConfig, Job, Update
+from headspring.inference.engine.submission import check_ids, require_causal
+from headspring.inference.generation import Generation
+from headspring.inference.loading import BASE_KINDS, choose_device, choose_dtype, download, find
+from headspring.inference.quantization.folder import save_quantized
+from headspring.inference.quantization.reading import read
+from headspring.inference.quantization.scheme import Quantization
+from headspring.inference.sampling_params import SamplingParams
+from headspring.models import save_model, scoring
 from headspring.models.dialects import export_huggingface, expresses
 from headspring.models.model import ModelModule
 from headspring.models.pooling import Pooling
@@ -33,6 +37,7 @@ from headspring.tokenization.tokenizer import Tokenizer
 Prompt = str | Sequence[int]
 Messages = Sequence[Message | Mapping[str, str]]
 BATCH_SIZE = 64  # rows that run together; the state's memory grows with it
+CHUNK = 512  # tokens of a step
 
 
 class LanguageModel:
@@ -56,23 +61,25 @@ class LanguageModel:
         path: str | Path,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        quantize: str | None = None,
+        quantize: str | Quantization | None = None,
         revision: str | None = None,
     ) -> "LanguageModel":
         """The model at `path`: a run folder (its last finished model stage), a stage's folder, a Hugging Face folder or
         hub name (at `revision`), or a `.gguf` file. `dtype="auto"` keeps the precision the weights are stored in.
-        Raises `UserError`."""
-        if quantize is not None:
-            raise UserError(f"quantize={quantize!r} is not supported yet; leave it out, or use dtype='bfloat16'")
+
+        `quantize` computes in whole numbers, on the CPU: "int8", "int8-32", "int4", "int4-gptq", "int4-gptq-64" and so on round
+        the weights; "keep" takes the blocks of a `.gguf` file as they are, "auto" too where that is fast; None makes floats of
+        them. `dtype` is then that of the activations (bfloat16). Raises `UserError`."""
         target, precision = choose_device(device), choose_dtype(dtype)
         source = find(path)
         if revision is not None and source.folder is not None:
             raise UserError(f"revision={revision!r} belongs to a hub name; {source.name} is on this machine")
         folder = source.folder or download(source.name, revision)
-        model = read_model(folder, precision).to(device=target)
-        if (parameter := next(model.parameters(), None)) is not None:  # an n-gram model has none
-            model.compute_dtype = parameter.dtype
-        return cls(model, Tokenizer.load(folder), kind=source.kind, folder=folder)
+        tokenizer = Tokenizer.load(folder)
+        model = read(folder, precision, quantize, tokenizer)
+        if target.type != "cpu" and model.released:
+            raise UserError(f"{source.name}: whole numbers are multiplied on the CPU only; use device='cpu', or the float model")
+        return cls(model.to(device=target), tokenizer, kind=source.kind, folder=folder)
 
     @property
     def device(self) -> torch.device:
@@ -157,63 +164,73 @@ class LanguageModel:
             warnings.warn("this is a base model, never trained on conversations: expect a continuation", stacklevel=3)
         return self.tokenizer.render(messages, add_generation_prompt=True).ids.tolist()
 
+    def engine(self, **options: Any) -> Engine:
+        """An engine for this model, to submit requests to one by one. `options`: the fields of `EngineConfig`. It keeps what the
+        model made of prompts; give up an engine when the weights have changed."""
+        return Engine(self.model, self.tokenizer, EngineConfig.of(**options))
+
     def _generate(
         self, prompts: list[list[int]], params: list[SamplingParams], batch_size: int, progress: str | None
     ) -> list[Generation]:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: at least one row must run")
-        requests = [self._request(prompt, one, answer) for prompt, one in zip(prompts, params) for answer in range(one.n)]
-        with task(progress, len(requests)) if progress else nullcontext() as bar:
-            for batch in in_batches(requests, batch_size):
-                before = 0
-                for done in decode(self.model, batch, self.tokenizer):
-                    if bar is not None and done > before:
-                        bar.advance(done - before)
-                        before = done
-        return [request.generation() for request in requests]
+        if not prompts:
+            return []
+        asked = list(zip(prompts, params))
+        engine = self._engine_for(asked, batch_size)
+        jobs: dict[int, Job] = {}
+        # The longest first: what does not fit in memory shows at once, and the last ones to run are short.
+        for i in sorted(range(len(asked)), key=lambda i: -len(prompts[i])):
+            jobs[i] = self._submit(engine, *asked[i])
+        with task(progress, sum(one.n for one in params)) if progress else nullcontext() as bar:
+            before = 0
+            while engine.step():
+                if engine.counts["failed"]:
+                    break
+                if bar is not None and engine.counts["finished"] > before:
+                    before, ended = engine.counts["finished"], before
+                    bar.advance(sum(one.n for one in params) * (before - ended) / len(jobs))
+        for job in jobs.values():
+            if job.error is not None:
+                raise job.error
+        return [answer for i in range(len(asked)) for answer in jobs[i].generations]
+
+    def _engine_for(self, asked: Sequence[tuple[list[int], SamplingParams]], batch_size: int, **options: Any) -> Engine:
+        """An engine with room for these prompts."""
+        answers = min(batch_size, sum(params.answers for _, params in asked))
+        written = 1 if self.model.config.reads_source else 0
+        longest = max((written or len(prompt)) + params.max_tokens for prompt, params in asked)
+        context = max(2, min(longest, self.context))
+        return self.engine(max_sequences=answers, chunk=max(CHUNK, answers), context=context, **options)
+
+    def _submit(
+        self, engine: Engine, prompt: list[int], params: SamplingParams, notify: Callable[[Update], None] | None = None
+    ) -> Job:
+        """Ask for a prompt; an encoder–decoder reads it as its source."""
+        if self.model.config.reads_source:
+            return engine.submit((), params, source=prompt, notify=notify)
+        return engine.submit(prompt, params, notify=notify)
 
     def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
-        if params.n != 1 or params.logprobs is not None:
-            raise UserError("a stream is the text of one answer; use generate for n or logprobs")
-        request = self._request(prompt, params, incremental=True)
-        for _ in decode(self.model, [request], self.tokenizer):
-            if request.piece:
-                yield request.piece
-
-    def _request(self, prompt: list[int], params: SamplingParams, answer: int = 0, incremental: bool = False) -> Request:
-        self.require_causal()
-        if not prompt:
-            raise UserError("the prompt is empty, and the tokenizer has no <|bos|> to begin with; give a token")
-        source: list[int] = []
-        self._check([*prompt, *params.stop_token_ids])
-        if isinstance(value := self.model.config, EncoderDecoder):
-            source, prompt = prompt, [value.start]
-            if len(source) > value.encoder.context:
-                limit = value.encoder.context
-                raise UserError(f"the source has {len(source)} tokens, and the encoder reads {limit}; shorten it")
-        if len(prompt) >= self.context:
-            raise UserError(f"the prompt has {len(prompt)} tokens and the model's context {self.context}; shorten it")
-        ends = [end for end in (self.tokenizer.eos_id, self.tokenizer.end_id) if end is not None]
-        return Request(
-            self.tokenizer,
-            prompt,
-            params,
-            context=self.context,
-            end_ids=ends,
-            answer=answer,
-            incremental=incremental,
-            source=source,
-        )
+        if params.answers != 1 or params.logprobs is not None or params.prompt_logprobs is not None:
+            raise UserError("a stream is the text of one answer; use generate for several, and for logprobs")
+        engine = self._engine_for([(prompt, params)], 1)
+        pieces: list[str] = []
+        job = self._submit(engine, prompt, params, notify=lambda update: pieces.append(update.text))
+        going = True
+        while going:
+            going = engine.step()
+            yield from filter(None, pieces)
+            pieces.clear()
+        if job.error is not None:
+            raise job.error
 
     def require_causal(self) -> None:
         """Raise `UserError` for a model that sees both ways: what it says of a token follows from the token itself."""
-        if not self.model.config.causal:
-            raise UserError(f"a model of kind {self.model.config.kind!r} sees both ways and continues no text; use embed")
+        require_causal(self.model.config)
 
     def _check(self, ids: Sequence[int]) -> None:
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise UserError(f"token id {wrong} is outside the model's vocabulary of {self.vocab_size}")
+        check_ids(ids, self.vocab_size)
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
@@ -275,10 +292,13 @@ class LanguageModel:
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load` reads: config.json, model.safetensors, tokenizer.json.
 
-        In the layout of `transformers` where that has words for the model, else in Headspring's own."""
+        In the layout of `transformers` where that has words for the model, else in Headspring's own; a model of whole numbers in
+        that of `inference.quantization.folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if expresses(self.model.config):
+        if self.model.released:
+            save_quantized(self.model, folder)
+        elif expresses(self.model.config):
             export_huggingface(self.model, folder, tokens=self.special_tokens())
         else:
             save_model(self.model, folder)

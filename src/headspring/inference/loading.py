@@ -13,6 +13,7 @@ import torch
 from headspring.artifacts import UserError
 from headspring.artifacts.files import read_json
 from headspring.artifacts.manifest import MANIFEST, Manifest, read_manifest
+from headspring.inference.quantization.folder import is_quantized, load_quantized
 from headspring.models.dialects import import_huggingface
 from headspring.models.dialects.gguf import import_gguf
 from headspring.models.folder import is_native, load_model
@@ -54,12 +55,15 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_model(path: Path, dtype: torch.dtype | None) -> ModelModule:
-    """The model of a local folder or GGUF file, in `dtype` or the precision it is stored in.
+    """The model of a local folder or GGUF file, in `dtype` or the precision it is stored in. A quantized folder's whole numbers
+    stay, and `dtype` is that of the activations.
 
     Raises `UserError` for one that is not supported, `CorruptArtifact` for a damaged one.
     """
     if is_gguf(path):
         return import_gguf(path, dtype)
+    if is_quantized(path):
+        return load_quantized(path, dtype)
     model = load_model(path) if is_native(path) else import_huggingface(path)
     stored = next(model.parameters(), None)  # an n-gram model has none: its counts keep their precision
     return model if stored is None else model.to(dtype=dtype or stored.dtype)

@@ -109,6 +109,11 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return ids, values - logits.logsumexp(-1, keepdim=True)
 
 
+def log_distribution(logits: Tensor) -> Tensor:
+    """The log-probability of every token, (R, V) float32."""
+    return logits.log_softmax(-1)
+
+
 class Distribution(Mapping[int, float]):
     """The log-probability of every id: a mapping as that of the most likely ones, held as one tensor (V,) float32."""
 
@@ -135,7 +140,7 @@ def tops_of(
     if count is None:
         return [None] * len(ids)
     if count == ALL:
-        rows = logits.log_softmax(-1).cpu()
+        rows = log_distribution(logits).cpu()
         rows[torch.arange(len(ids)), torch.tensor(ids)] = torch.tensor(log_probs)
         return [Distribution(row.clone()) for row in rows]
     top_ids, values = most_likely(logits, min(count, logits.shape[-1]))

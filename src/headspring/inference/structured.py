@@ -112,16 +112,18 @@ class Matcher:
             raise HeadspringError("no token of this vocabulary can go on with the structured text")
         return allowed
 
-    def masks(self, proposed: Sequence[int]) -> list[np.ndarray]:
-        """The mask before each proposed token and after the last one, given those before; it ends where one is not allowed. The
-        matcher stays where it is."""
+    def masks(self, proposed: Sequence[int], first: int = 0) -> list[np.ndarray]:
+        """The masks after `first` proposed tokens, which are allowed ones, and after each further one. They end where one is
+        not allowed, or ends the text. The matcher stays where it is."""
+        for token in proposed[:first]:
+            self.accept(token)
         masks = [self.mask()]
-        for token in proposed:
+        for token in proposed[first:]:
             if not masks[-1][token] or token in self._words.ends:
                 break
             self.accept(token)
             masks.append(self.mask())
-        self.rollback(len(masks) - 1)
+        self.rollback(first + len(masks) - 1)
         return masks
 
     def accept(self, token: int) -> None:

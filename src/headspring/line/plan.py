@@ -1,12 +1,13 @@
-"""`--dry-run`: what would run and why, and what it would cost, before anything is written.
+"""`headspring plan`, and `--dry-run`: what would run and why, and what it would cost, before anything is written.
 
-Seconds come from the best thing known: for a trained stage a few steps of its model, measured here and now; for
-another stage its last run in this folder, else the rough rates of `estimates.py`. What cannot be known is left open
-(`?`), and the sum then says that it is a lower bound.
+Parameters, tokens, FLOPs and memory (`memory.py`) follow from the recipe. Seconds come from the best thing known: for a trained
+stage a few steps of its model, measured here and now; for another stage its last run in this folder, else the rough rates of
+`estimates.py`. What cannot be known is left open (`?`), and the sum then says that it is a lower bound.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from headspring.artifacts.manifest import Manifest
 from headspring.line.decide import finished, reasons, wanted
 from headspring.line.recipe import Recipe, Step, load_recipe
 from headspring.line.record import check_folder
-from headspring.line.registry import Estimate, Known, Registry
+from headspring.line.registry import Estimate, Known, Memory, Registry
 from headspring.line.report import formats
 from headspring.line.report.reading import lookup, number
 from headspring.line.run import selected
@@ -27,13 +28,15 @@ WIDTH = 120
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One row. `reason` is empty where the stage is cached or runs for the first time."""
+    """One row. `reason` is empty where the stage is cached or runs for the first time. `memory` is that of training, where
+    the stage trains."""
 
     stage: str
     kind: str
     cached: bool
     reason: str
     estimate: Estimate
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         rows = []
         for row in self.stages:
-            figures = asdict(row)
-            rows.append(figures | figures.pop("estimate"))
+            said = {"stage": row.stage, "kind": row.kind, "cached": row.cached, "reason": row.reason}
+            rows.append(said | asdict(row.estimate) | {"memory": row.memory.as_json() if row.memory else None})
         whole = {"seconds": self.seconds, "complete": self.complete}
         return {"recipe": self.recipe, "run": str(self.folder), **whole, "stages": rows}
 
@@ -65,17 +68,37 @@ class Plan:
         """The plan as a table on standard output."""
         title = f"{self.recipe} · {self.folder}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for name in ("stage", "", "parameters", "tokens", "FLOPs", "time"):
+        for name in ("stage", "", "parameters", "tokens", "FLOPs", "memory", "time"):
             side: Literal["left", "right"] = "left" if name in ("stage", "") else "right"
             table.add_column(name, justify=side, header_style="bold", overflow="fold")
         for row in self.stages:
             what = "cached" if row.cached else f"run: {row.reason}" if row.reason else "run"
             figures = (_figure(row.estimate.parameters), _figure(row.estimate.tokens), _figure(row.estimate.flops))
-            table.add_row(row.stage, what, *figures, "" if row.cached else _time(row.estimate.seconds))
-        total = formats.seconds(self.seconds)
-        table.add_row("all", "", "", "", "", f"~{total}" if self.complete else f"> {total}", style="bold")
-        console = Console(highlight=False)
-        (console if console.is_terminal else Console(highlight=False, width=WIDTH)).print(table)
+            memory = formats.byte_count(row.memory.total) if row.memory else ""
+            table.add_row(row.stage, what, *figures, memory, "" if row.cached else _time(row.estimate.seconds))
+        total, most = formats.seconds(self.seconds), max((row.memory.total for row in self.stages if row.memory), default=None)
+        largest = "" if most is None else formats.byte_count(most)
+        table.add_row("all", "", "", "", "", largest, f"~{total}" if self.complete else f"> {total}", style="bold")
+        _console().print(table)
+
+    def print_memory(self) -> None:
+        """What the memory of each training stage is made of, on standard output."""
+        table = Table(title="memory", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("stage", header_style="bold")
+        names = ("weights", "gradients", "optimizer", "activations", "logits")
+        for name in (*names, "tokens at once"):
+            table.add_column(name, justify="right", header_style="bold")
+        for row in self.stages:
+            if row.memory:
+                parts = [formats.byte_count(getattr(row.memory, name)) for name in names]
+                table.add_row(row.stage, *parts, formats.count(row.memory.tokens))
+        if table.row_count:
+            _console().print(table)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
 
 
 def plan(
@@ -92,19 +115,33 @@ def plan(
     check_folder(folder, loaded)
     manifests: dict[str, Manifest] = {}
     estimates: dict[str, Estimate] = {}
+    memories: dict[str, Memory | None] = {}
     rows = []
     for step in steps:
-        reason = _reason(step, loaded, folder, manifests, forced)
+        reason, known = _reason(step, loaded, folder, manifests, forced), _known(step, loaded, estimates, memories)
         before = _before(step, folder, forced)
         if reason is None and before is not None:
             manifests[step.name] = before
             estimate = _measured(before)
         else:
-            estimate = _estimate(step, loaded, estimates, before)
+            estimate = _estimate(step, known, before)
         above = step.inputs.get("model")
         estimates[step.name] = estimate.inheriting(estimates[above.step] if above else None)
-        rows.append(PlannedStage(step.name, step.stage.kind, reason is None, reason or "", estimates[step.name]))
+        memories[step.name] = step.stage.memory(step.config, known)
+        said = (step.name, step.stage.kind, reason is None, reason or "")
+        rows.append(PlannedStage(*said, estimates[step.name], memories[step.name]))
     return Plan(loaded.name, folder, tuple(rows))
+
+
+def drawings(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> dict[str, str]:
+    """The model of each pretrain stage, drawn with shapes, parameters and FLOPs a token for each part."""
+    loaded = load_recipe(recipe, overrides)
+    found = {}
+    for step in loaded.steps:
+        if step.stage.kind == "pretrain":
+            vocab = loaded.step(step.inputs["tokenizer"].step).config.vocab_size
+            found[step.name] = import_module("headspring.training.pretrain").drawing(step.config, vocab)
+    return found
 
 
 def _before(step: Step, folder: Path, forced: set[str]) -> Manifest | None:
@@ -126,13 +163,17 @@ def _reason(step: Step, recipe: Recipe, folder: Path, manifests: Mapping[str, Ma
     return None if before.cache_key == target.key else ", ".join(reasons(before, target))
 
 
-def _estimate(step: Step, recipe: Recipe, estimates: Mapping[str, Estimate], before: Manifest | None) -> Estimate:
+def _known(step: Step, recipe: Recipe, estimates: Mapping[str, Estimate], memories: Mapping[str, Memory | None]) -> Known:
     above = {role: recipe.step(source.step) for role, source in step.inputs.items()}
-    known = Known(
+    return Known(
         configs={role: source.config for role, source in above.items()},
         estimates={role: estimates[source.name] for role, source in above.items()},
         bytes=next((known.bytes for known in estimates.values() if known.bytes is not None), None),
+        memories={role: memories[source.name] for role, source in above.items()},
     )
+
+
+def _estimate(step: Step, known: Known, before: Manifest | None) -> Estimate:
     estimate = step.stage.estimate(step.config, known)
     if before is not None and (estimate.seconds is None or not step.stage.training):
         return estimate.with_seconds(before.cost.get("seconds"))

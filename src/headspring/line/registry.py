@@ -47,12 +47,48 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Of a model in training: `parameters`, how many of them are hidden `matrices`, the `vocab`ulary, and the bytes that a
+    backward pass keeps for a token in half precision, with activations kept or (`checkpointed`) made again by layer."""
+
+    parameters: float
+    matrices: float
+    vocab: float
+    activations: float
+    checkpointed: float
+    context: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training holds at its peak, beside what Python and torch take themselves. `weights` are the trained model and
+    frozen ones beside it, `logits` those of one chunk of rows."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    tokens: float  # that are computed at once
+    sizes: Sizes
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+    def as_json(self) -> dict[str, float]:
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "total", "tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
 class Known:
-    """What an estimate may build on: configs and estimates of the stages that fill its inputs, by role."""
+    """What an estimate may build on: configs, estimates and memories of the stages that fill its inputs, by role."""
 
     configs: Mapping[str, Any]
     estimates: Mapping[str, Estimate]
     bytes: float | None = None  # of text in the data stage's artifact
+    memories: Mapping[str, Memory | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +114,7 @@ class Stage:
     held_out: Callable[[Any], Any] = lambda config: None  # the choice of documents it measures; None: it measures none
     before_training: Callable[[Any], Any] | None = None  # config for the untrained model; None: it is not evaluated
     estimate: Callable[[Any, Known], Estimate] = lambda config, known: Estimate()
+    memory: Callable[[Any, Known], Memory | None] = lambda config, known: None
 
 
 Registry = Mapping[str, Stage]

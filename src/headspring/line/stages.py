@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headspring.artifacts.value import Value
-from headspring.line import estimates
+from headspring.line import estimates, memory
 from headspring.line.evaluation_files import evaluation_texts
 from headspring.line.fingerprint import sources_fingerprint
 from headspring.line.registry import Context, Stage
@@ -90,19 +90,22 @@ _STAGES = (
     Stage("pretrain", 1, _config("training.pretrain", "PretrainConfig"),
           _on_inputs("training.pretrain", "pretrain", "tokens", "tokenizer"),
           {"tokens": ("tokens",), "tokenizer": ("tokenizer",)}, training=True, model=True,
-          estimate=estimates.pretrain),
+          estimate=estimates.pretrain, memory=memory.pretrain),
     Stage("sft", 2, _config("posttraining.sft", "SFTConfig"),
           _on_inputs("posttraining.sft", "sft", "model", "data", "tokens"),
-          {"model": MODELS, "data": ("data",), "tokens": ("tokens",)}, training=True, model=True, estimate=estimates.sft),
+          {"model": MODELS, "data": ("data",), "tokens": ("tokens",)}, training=True, model=True,
+          estimate=estimates.sft, memory=memory.sft),
     Stage("preference", 1, _config("posttraining.preference", "PreferenceConfig"),
           _on_inputs("posttraining.preference", "dpo", "model", "data"),
-          {"model": MODELS, "data": ("data",)}, training=True, model=True, estimate=estimates.preference),
+          {"model": MODELS, "data": ("data",)}, training=True, model=True,
+          estimate=estimates.preference, memory=memory.preference),
     Stage("contrastive", 1, _config("posttraining.contrastive", "ContrastiveConfig"),
           _on_inputs("posttraining.contrastive", "contrast", "model", "data"),
-          {"model": MODELS, "data": ("data",)}, training=True, estimate=estimates.contrastive),
+          {"model": MODELS, "data": ("data",)}, training=True,
+          estimate=estimates.contrastive, memory=memory.contrastive),
     Stage("multimodal", 1, _config("posttraining.multimodal", "MultimodalConfig"),
           _on_inputs("posttraining.multimodal", "teach", "model"), {"model": MODELS}, training=True,
-          estimate=estimates.multimodal),
+          estimate=estimates.multimodal, memory=memory.multimodal),
     Stage("baselines", 1, _config("evaluation.baselines", "BaselinesConfig"),
           _on_inputs("evaluation.baselines", "baselines", "data", "tokens"),
           {"data": ("data",), "tokens": ("tokens",)}, held_out=lambda config: config.held_out,

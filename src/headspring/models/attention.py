@@ -85,6 +85,13 @@ class AttentionModule(ProjectedModule):
         sinks = self.sliding is not None and self.sliding.sinks
         return self.value.mask.causal and self.chosen is None and not sinks and not self.position.by_length
 
+    @property
+    def plain_on_pages(self) -> bool:
+        """Whether all it does with rows on pages is: product, head norms, rotation, `kernels.paged_attention`, product."""
+        norms = all(norm is None or isinstance(norm, RMSNormModule) for norm in (self.q_norm, self.k_norm))
+        scored = isinstance(self._mask, Causal) and self.value.softcap is None and self.sinks is None
+        return self.pages and norms and scored and self.position.fuses and not self.position.biased
+
     def prepare(self, context: Context) -> None:
         self.position.prepare(context)
         if context.ragged is not None:

@@ -239,14 +239,27 @@ class MultiTokenModule(ExtraHeadModule):
         self, body: StackModule, hidden: torch.Tensor, tokens: torch.Tensor, padding: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, 1 + ahead) int64: the most probable next token, which is the body's own, and guesses at those after it."""
-        time, x = tokens.shape[1], hidden
         known = torch.cat([tokens, body.logits(hidden[:, -1:]).argmax(-1)], dim=1)
-        for number in range(1, self.value.ahead + 1):
+        return torch.cat([known[:, -1:], self.continue_from(body, hidden, known, self.value.ahead, padding)], dim=1)
+
+    @torch.no_grad()
+    def continue_from(
+        self,
+        body: StackModule,
+        hidden: torch.Tensor,
+        tokens: torch.Tensor,
+        count: int,
+        padding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, n) int64, n at most `count` and `ahead`: guesses at what follows `tokens` (B, T + 1), all but the last of which
+        the body has read: `hidden` (B, T, D)."""
+        time, x, known = hidden.shape[1], hidden, tokens
+        for number in range(1, min(count, self.value.ahead) + 1):
             source = x if self.value.chained else hidden
             x = self._step(number, body, source, known[:, number : number + time], None, padding)
             guess = body.logits(self.steps[number - 1].out(x[:, -1:])).argmax(-1)  # type: ignore[operator]
             known = torch.cat([known, guess], dim=1)
-        return known[:, time:]
+        return known[:, time + 1 :]
 
     def cost(self, name: str, context_length: int) -> Cost:
         steps = [step.cost(f"steps.{i}", context_length) for i, step in enumerate(self.steps)]  # type: ignore[operator]

@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from headspring.artifacts.errors import UserError
-from headspring.models import native, packed as packing
+from headspring.models import native
+from headspring.models import packed as packing
 from headspring.models.packed import PackedMatrix
 
 if TYPE_CHECKING:

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
-    for name in ("native", "native_attention", "native_linear", "native_muon", "native_paged", "native_product")
+    for name in ("native", "native_attention", "native_linear", "native_muon", "native_paged", "native_product", "native_block")
 )
 HEADERS = tuple(
     Path(__file__).with_name(f"{name}.h")
-    for name in ("native_products", "native_softmax", "native_paged", "native_product", "native_product_tiles")
+    for name in ("native_products", "native_softmax", "native_paged", "native_product", "native_product_tiles", "native_rows")
 )
 # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning, which -ffast-math would not promise.
 FLAGS = (
@@ -249,8 +249,8 @@ class Library:
         integer kind. Rows of x may lie apart."""
         y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
         run = self._handle.packed_product_bf16 if x.dtype == torch.bfloat16 else self._handle.packed_product_f32
-        sizes = ctypes.c_int64(x.stride(0)), ctypes.c_int64(x.shape[0])
-        run(ctypes.c_int(torch.get_num_threads()), ctypes.byref(packed.mirror), _pointer(x), *sizes, _pointer(y), _pointer(bias))
+        arguments = _pointer(x), ctypes.c_int64(x.stride(0)), ctypes.c_int64(x.shape[0]), _pointer(y), _pointer(bias)
+        run(ctypes.c_int(torch.get_num_threads()), ctypes.byref(packed.mirror), *arguments)
         return y
 
     def pack_words(self, words: torch.Tensor) -> torch.Tensor:
@@ -260,6 +260,12 @@ class Library:
         sizes = ctypes.c_int64(rows), ctypes.c_int64(width)
         self._handle.pack_words(ctypes.c_int(torch.get_num_threads()), _pointer(words), *sizes, _pointer(panels))
         return panels
+
+    def blocks(self, arguments: ctypes.Array, start: int, stop: int, step: ctypes.Structure, x: torch.Tensor) -> None:
+        """x (1, N, D) bfloat16 through blocks start … stop − 1, in place: see `fused_block.py`."""
+        first = ctypes.byref(arguments, start * ctypes.sizeof(arguments._type_))
+        threads, count = ctypes.c_int(torch.get_num_threads()), ctypes.c_int64(stop - start)
+        self._handle.blocks(threads, first, count, ctypes.byref(step), _pointer(x))
 
     def add_weight_gradient(self, gradient: torch.Tensor, x: torch.Tensor, total: torch.Tensor, *, fresh: bool) -> None:
         """total (O, I) float32 += gradientᵀ x, or = where `fresh`. gradient (N, O) and x (N, I) bfloat16, O and I multiples

@@ -6,8 +6,6 @@
 // the very function that the single operator calls, with the same rounding in between, so that a fused block gives what its
 // module gives op by op, bit for bit. Threads wait for each other between steps by spinning, for less than a microsecond.
 
-#include "native_block.h"
-
 #include "native_paged.h"
 #include "native_product.h"
 #include "native_rows.h"
@@ -17,6 +15,29 @@
 #include <sched.h>
 
 #ifdef HAS_PACKED_PRODUCTS
+
+// Cosines and sines (rows, channels / 2), null where nothing is rotated.
+struct Rotation {
+    const float *cosines, *sines;
+};
+
+// What differs from step to step: the sequences with the pages of each group of layers that forget alike, and the rotations
+// of each kind of position.
+struct Step {
+    const Ragged *sequences;
+    const Rotation *rotations;
+};
+
+// A pre-norm block of attention and SwiGLU. Matrices side by side: q, k, v; gate, up. Biases in bfloat16 and the gains of the
+// heads (heads + key–value heads, channels) may be null; `window` 0 is none.
+struct Block {
+    Packed qkv, out, both, down;
+    const bf16 *qkv_bias, *out_bias, *both_bias, *down_bias;
+    const float *mixer_gain, *head_gains, *feedforward_gain;
+    Pages pages;
+    int64_t width, heads, window, group, rotation;
+    float scale, mixer_epsilon, head_epsilon, feedforward_epsilon;
+};
 
 namespace {
 
@@ -31,7 +52,7 @@ class Barrier {
             return;
         }
         for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; spins++)
-            if (spins < 10000)
+            if (spins < 300)
                 _mm_pause();
             else
                 sched_yield();
@@ -57,7 +78,7 @@ class Worker {
                  int64_t rows) {
         const Ragged &ragged = step.sequences[block.group];
         const Rotation &rotation = step.rotations[block.rotation];
-        const int64_t width = block.width, C = block.pages.channels, hidden = block.down.inputs;
+        const int64_t width = block.width, hidden = block.down.inputs;
         const Rows mixed{memory.mixed.buffer.data, block.qkv.outputs}, heads{memory.heads.buffer.data, block.out.inputs};
         bf16 *normed = memory.normed.buffer.data, *both = memory.both.buffer.data, *act = memory.act.buffer.data;
         const int64_t start = rows * thread_ / threads_, end = rows * (thread_ + 1) / threads_;  // the rows that `arrange` takes
@@ -77,13 +98,13 @@ class Worker {
         for (int64_t r = start; r < end; r++)
             silu_multiply_row(both + r * 2 * hidden, both + r * 2 * hidden + hidden, act + r * hidden, hidden);
         multiplied(block.down, act, hidden, rows, scratch, x, block.down_bias, x);
-        (void)C;
     }
 
   private:
     const int thread_, threads_;
     Barrier &barrier_;
-    std::atomic<int64_t> &next_;
+    std::atomic<int64_t> &next_;  // strip of attention
+    Growing<float> room_;
 
     void wait() { barrier_.wait(threads_); }
 
@@ -99,7 +120,7 @@ class Worker {
     // Queries and keys, where they lie, normalised and rotated; keys and values to their pages. A head after the other.
     void place(const Block &block, const Ragged &ragged, const Rotation &rotation, const Rows &mixed, int64_t rows) {
         const int64_t C = block.pages.channels, shared = block.pages.heads, group = block.heads / shared;
-        float room[C];
+        float *room = room_.of(C);
         for (int64_t task = shared * rows * thread_ / threads_; task < shared * rows * (thread_ + 1) / threads_; task++) {
             const int64_t head = task / rows, row = task % rows, key = block.heads + head;
             bf16 *at = mixed.data + row * mixed.ld;
@@ -128,7 +149,8 @@ class Worker {
 
 // x (rows, width) goes through `count` blocks, in place.
 extern "C" void blocks(int threads, const Block *blocks, int64_t count, const Step *step, bf16 *x) {
-    static thread_local Memory memory;
+    static thread_local Memory own;
+    Memory &memory = own;  // that of the calling thread, for all
     const int64_t rows = step->sequences[0].rows();
     int64_t inputs = 0;
     std::vector<std::vector<Strip>> work;

@@ -154,6 +154,16 @@ struct Output {
         if (add) x = settled(rounded(x, y)) + read_some(add + m * ld_add + n, count);
         write_some(y + m * ld + n, x, count);
     }
+    // 32 results of row m.
+    inline void put_panel(int64_t m, int64_t p, const float *sums) const {
+        if constexpr (sizeof(T) == 2)
+            if (!bias && !add && outputs - p * PANEL >= PANEL) {
+                write(y + m * ld + p * PANEL, _mm512_cvtne2ps_pbh(_mm512_load_ps(sums + 16), _mm512_load_ps(sums)));
+                return;
+            }
+        put(m, p * PANEL, read<floats>(sums));
+        put(m, p * PANEL + 16, read<floats>(sums + 16));
+    }
 };
 
 // int8 by channel: Σ bytes · values → y.
@@ -289,8 +299,8 @@ static inline void product(const Packed &w, const Scratch &scratch, T *y, int64_
         product_block(w, scratch, start, std::min(rows, tiles * (thread + 1) / threads * 32), 0, w.panels(), out);
     } else {
         const int64_t start = w.panels() * thread / threads, end = w.panels() * (thread + 1) / threads;
-        const int64_t chunk = std::max<int64_t>(32, (1 << 19) / (w.padded() * 2) / 32 * 32);  // rows that stay in the cache
-        for (int64_t r = 0; r < rows; r += chunk) product_block(w, scratch, r, std::min(rows, r + chunk), start, end, out);
+        const int64_t some = std::max<int64_t>(1, (1 << 20) / w.panel_bytes());  // panels that stay in the cache
+        for (int64_t p = start; p < end; p += some) product_block(w, scratch, 0, rows, p, std::min(end, p + some), out);
     }
 }
 

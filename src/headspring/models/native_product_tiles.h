@@ -30,36 +30,25 @@ struct TileShape {
     ~TileShape() { _tile_release(); }
 };
 
-// Sums (32, 32) of one block into `sums`: `lines` lines of a panel from `weights`, `depth` at a time. TWO: rows below 16 exist.
-template <bool WHOLE, bool TWO>
-static inline void tile_sums(const uint8_t *x, int64_t ld, const uint8_t *weights, int64_t lines, int64_t depth, void *sums) {
+// TWO: rows from 16 on exist.
+template <bool TWO>
+static inline void zero_sums() {
     _tile_zero(0);
     _tile_zero(1);
     if (TWO) {
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t line = 0; line < lines; line += depth) {
-        _tile_loadd(4, x + line * 4, ld);
-        _tile_loadd(6, weights + line * 128, 128);
-        _tile_loadd(7, weights + line * 128 + 64, 128);
-        if (TWO) _tile_loadd(5, x + 16 * ld + line * 4, ld);
-        if (WHOLE) {
-            _tile_dpbsud(0, 4, 6);
-            _tile_dpbsud(1, 4, 7);
-            if (TWO) {
-                _tile_dpbsud(2, 5, 6);
-                _tile_dpbsud(3, 5, 7);
-            }
-        } else {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (TWO) {
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
-    }
+}
+template <bool TWO>
+static inline void load_tiles(const uint8_t *x, int64_t ld, const uint8_t *weights) {
+    _tile_loadd(4, x, ld);
+    _tile_loadd(6, weights, 128);
+    _tile_loadd(7, weights + 64, 128);
+    if (TWO) _tile_loadd(5, x + 16 * ld, ld);
+}
+template <bool TWO>
+static inline void store_sums(void *sums) {  // (32, 32)
     uint8_t *to = (uint8_t *)sums;
     _tile_stored(0, to, 128);
     _tile_stored(1, to + 64, 128);
@@ -69,14 +58,51 @@ static inline void tile_sums(const uint8_t *x, int64_t ld, const uint8_t *weight
     }
 }
 
+// Panels from `panel`, for up to 32 rows from `row`. Sums of one panel are written out while the next one is multiplied.
 template <bool TWO, class T>
-static inline void pair_block(const Packed &w, const Scratch &scratch, int64_t row, int64_t rows, int64_t p,
-                              const Output<T> &out) {
-    alignas(64) float sums[32 * PANEL];
-    tile_sums<false, TWO>((const uint8_t *)(scratch.x + row * scratch.ld), scratch.ld * 2, w.panel(p), w.padded() / 2, 16, sums);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t half = 0; half < 2; half++)
-            out.put(row + r, p * PANEL + half * 16, read<floats>(sums + r * PANEL + half * 16));
+static inline void pair_strip(const Packed &w, const Scratch &scratch, int64_t row, int64_t rows, int64_t panel,
+                              int64_t last_panel, const Output<T> &out) {
+    alignas(64) float sums[2][32 * PANEL];
+    const int64_t lines = w.padded() / 2, ld = scratch.ld * 2, share = (rows * 16 + lines - 1) / lines;
+    const uint8_t *x = (const uint8_t *)(scratch.x + row * scratch.ld), *weights = w.panel(panel);
+    for (int64_t p = panel; p <= last_panel; p++) {
+        float *now = sums[p & 1], *before = sums[~p & 1];
+        int64_t written = p == panel ? rows : 0;
+        auto write_to = [&](int64_t end) {
+            for (end = std::min(end, rows); written < end; written++) out.put_panel(row + written, p - 1, before + written * PANEL);
+        };
+        if (p < last_panel) {
+            zero_sums<TWO>();
+            for (int64_t line = 0; line < lines; line += 16, weights += 2048) {
+                load_tiles<TWO>(x + line * 4, ld, weights);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                if (TWO) {
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+                write_to(written + share);
+            }
+            store_sums<TWO>(now);
+        }
+        write_to(rows);
+    }
+}
+
+// Sums of one block of integers: `lines` lines of a panel from `weights`, `depth` at a time.
+template <bool TWO>
+static inline void integer_sums(const uint8_t *x, int64_t ld, const uint8_t *weights, int64_t lines, int64_t depth, void *sums) {
+    zero_sums<TWO>();
+    for (int64_t line = 0; line < lines; line += depth) {
+        load_tiles<TWO>(x + line * 4, ld, weights + line * 128);
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
+        if (TWO) {
+            _tile_dpbsud(2, 5, 6);
+            _tile_dpbsud(3, 5, 7);
+        }
+    }
+    store_sums<TWO>(sums);
 }
 
 // `weights`: the panel with 8 bits a value.
@@ -88,7 +114,7 @@ static inline void integer_block(const Packed &w, const Scratch &scratch, const 
     const int64_t groups = w.groups(), lines = w.padded() / 4 / groups, depth = std::min<int64_t>(lines, 16);
     const uint8_t *x = (const uint8_t *)scratch.bytes() + row * scratch.ld;
     for (int64_t g = 0; g < groups; g++) {
-        tile_sums<true, TWO>(x + g * lines * 4, scratch.ld, weights + g * lines * 128, lines, depth, sums);
+        integer_sums<TWO>(x + g * lines * 4, scratch.ld, weights + g * lines * 128, lines, depth, sums);
         for (int64_t r = 0; r < rows; r++) {
             const int64_t of_row = (row + r) * groups + g;
             const __m512i start = _mm512_set1_epi32(scratch.starts()[of_row]);
@@ -118,14 +144,32 @@ static inline void unpack_fours(const uint8_t *panel, int64_t lines, uint8_t *by
     }
 }
 
+// Up to 32 rows from `row` and some panels; `bytes` holds a panel of 4 bits when it is unpacked.
 template <class T>
-static inline void tile_rows(const Packed &w, const Scratch &scratch, const uint8_t *weights, int64_t row, int64_t rows,
-                             int64_t p, const Output<T> &out) {
-    if (w.kind == BF16)
-        rows > 16 ? pair_block<true>(w, scratch, row, rows, p, out) : pair_block<false>(w, scratch, row, rows, p, out);
-    else
-        rows > 16 ? integer_block<true>(w, scratch, weights, row, rows, p, out)
-                  : integer_block<false>(w, scratch, weights, row, rows, p, out);
+static inline void strip(const Packed &w, const Scratch &scratch, int64_t row, int64_t rows, int64_t panel,
+                         int64_t last_panel, const Output<T> &out) {
+    if (w.kind == BF16) {
+        rows > 16 ? pair_strip<true>(w, scratch, row, rows, panel, last_panel, out)
+                  : pair_strip<false>(w, scratch, row, rows, panel, last_panel, out);
+        return;
+    }
+    for (int64_t p = panel; p < last_panel; p++)
+        rows > 16 ? integer_block<true>(w, scratch, w.panel(p), row, rows, p, out)
+                  : integer_block<false>(w, scratch, w.panel(p), row, rows, p, out);
+}
+
+// All rows of some panels of 4 bits, each unpacked once.
+template <class T>
+static inline void unpacked_panels(const Packed &w, const Scratch &scratch, int64_t row, int64_t end, int64_t panel,
+                                   int64_t last_panel, const Output<T> &out, uint8_t *bytes) {
+    for (int64_t p = panel; p < last_panel; p++) {
+        unpack_fours(w.panel(p), w.padded() / 4, bytes);
+        for (int64_t r = row; r < end; r += 32) {
+            const int64_t rows = std::min<int64_t>(32, end - r);
+            rows > 16 ? integer_block<true>(w, scratch, bytes, r, rows, p, out)
+                      : integer_block<false>(w, scratch, bytes, r, rows, p, out);
+        }
+    }
 }
 
 // Rows and panels that one thread computes.
@@ -139,22 +183,18 @@ static inline void product_block(const Packed &w, const Scratch &scratch, int64_
         return;
     }
     const int64_t depth = w.kind == GROUPS ? std::min<int64_t>(w.group / 4, 16) : 16, whole = row + (end - row) / 32 * 32;
-    Buffer<uint8_t> unpacked(w.bits == 4 ? w.padded() * PANEL : 0);
-    auto weights_at = [&](int64_t p) -> const uint8_t * {
-        if (w.bits == 8 || w.kind == BF16) return w.panel(p);
-        unpack_fours(w.panel(p), w.padded() / 4, unpacked.data);
-        return unpacked.data;
+    const int64_t rest = end - whole;
+    Buffer<uint8_t> bytes(w.bits == 4 ? w.padded() * PANEL : 0);
+    auto run = [&](int64_t from, int64_t to) {
+        if (w.bits == 4) return unpacked_panels(w, scratch, from, to, panel, last_panel, out, bytes.data);
+        for (int64_t r = from; r < to; r += 32) strip(w, scratch, r, std::min<int64_t>(32, to - r), panel, last_panel, out);
     };
     if (row < whole) {
         TileShape shape(16, 16, depth);
-        for (int64_t p = panel; p < last_panel; p++) {
-            const uint8_t *weights = weights_at(p);
-            for (int64_t r = row; r < whole; r += 32) tile_rows(w, scratch, weights, r, 32, p, out);
-        }
+        run(row, whole);
     }
-    if (whole < end) {
-        const int64_t rest = end - whole;
+    if (rest) {
         TileShape shape(std::min<int64_t>(rest, 16), std::max<int64_t>(rest - 16, 0), depth);
-        for (int64_t p = panel; p < last_panel; p++) tile_rows(w, scratch, weights_at(p), whole, rest, p, out);
+        run(whole, end);
     }
 }

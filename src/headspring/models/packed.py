@@ -8,7 +8,7 @@ integer kinds bit for bit, on every machine.
 | --- | --- | --- | --- |
 | bf16 | bfloat16 | as they are | float32, over the inputs in order |
 | int8 | 8 bits, a scale an output | 8 bits, a scale a row | exact integers, scaled once |
-| groups | 8 or 4 bits, a scale (and a minimum) a group of inputs | 8 bits, a scale a row and group | exact in a group, then float32 in order |
+| groups | 8 or 4 bits, a scale (and minimum) a group | 8 bits, a scale a row and group | exact by group, float32 over groups |
 
 Activations are rounded to bytes as they come: scale = max|x| / 127 over the row, or over each group of it where weights have
 groups, so that one outlier spoils its own group only. Matrices that read the same input (q, k, v; gate, up) are joined into
@@ -21,7 +21,7 @@ cannot be trained, and reading it back (`unpacked`) is a pass over it.
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -32,8 +32,8 @@ from headspring.artifacts.errors import UserError
 from headspring.models import native
 
 if TYPE_CHECKING:
-    from headspring.models.part import Linear
     from headspring.models.model import ModelModule
+    from headspring.models.part import Linear
 
 Kind = Literal["bf16", "int8", "groups"]
 KINDS: tuple[Kind, ...] = ("bf16", "int8", "groups")
@@ -94,21 +94,26 @@ class PackedMatrix:
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in (self.values, self.scales, self.minimums))
         return Mirror(KINDS.index(self.kind), self.bits, *self.shape, self.group, *pointers, self.offset)
 
-    @cached_property
+    @property
     def unpacked(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """values (O, I) in bfloat16 or int8, scales and minimums (O,) or (O, G): what `pack_…` was given. Kept once made."""
+        """values (O, I) in bfloat16 or int8, scales and minimums (O,) or (O, G): what `pack_…` was given."""
         outputs, inputs = self.shape
         scales, minimums = (self._in_rows(part) for part in (self.scales, self.minimums))
         if self.bits == 4:
             both = self.values.transpose(1, 2).contiguous().view(torch.uint8)  # (P, 16, padded inputs)
             rows = torch.stack([both & 15, both >> 4], dim=1).flatten(0, 2)
         else:
-            rows = self.values.transpose(1, 2).flatten(0, 1)
+            rows = self.values.transpose(1, 2).flatten(0, 1).contiguous()
             rows = rows.view(torch.bfloat16 if self.kind == "bf16" else torch.uint8)
         rows = rows[:outputs, :inputs]
         if self.kind == "bf16":
             return rows.contiguous(), None, None
         return (rows.to(torch.int16) - self.offset).to(torch.int8), scales, minimums
+
+    @cached_property
+    def kept(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """`unpacked`, kept for the products of `product_plain`."""
+        return self.unpacked
 
     def _in_rows(self, part: torch.Tensor | None) -> torch.Tensor | None:
         if part is None or self.kind == "int8":
@@ -145,8 +150,8 @@ class PackedMatrix:
         return wide.reshape(*outputs.shape, -1)
 
     def to(self, device: str | torch.device) -> "PackedMatrix":
-        moved = (None if part is None else part.to(device) for part in (self.values, self.scales, self.minimums))
-        return PackedMatrix(self.kind, self.shape, *moved, self.bits, self.group, self.offset)  # type: ignore[arg-type]
+        scales, minimums = (None if part is None else part.to(device) for part in (self.scales, self.minimums))
+        return replace(self, values=self.values.to(device), scales=scales, minimums=minimums)
 
     def part(self, start: int, stop: int) -> "PackedMatrix":
         """Outputs start … stop, the same memory. `start` is a multiple of 32."""
@@ -154,8 +159,7 @@ class PackedMatrix:
         panels, lanes = slice(start // PANEL, -(-stop // PANEL)), slice(start, -(-stop // PANEL) * PANEL)
         scales = None if self.scales is None else self.scales[lanes if self.kind == "int8" else panels]
         minimums = None if self.minimums is None else self.minimums[panels]
-        shape = (stop - start, self.shape[1])
-        return PackedMatrix(self.kind, shape, self.values[panels], scales, minimums, self.bits, self.group, self.offset)
+        return replace(self, shape=(stop - start, self.shape[1]), values=self.values[panels], scales=scales, minimums=minimums)
 
 
 # ---- packing
@@ -189,7 +193,7 @@ def pack_groups(
         raise UserError(f"pack_groups takes int8 (O, I), scales (O, G) and 4 or 8 bits, not {values.dtype} and {bits} bits")
     if group not in GROUP_SIZES or inputs % group:
         raise UserError(f"groups of {inputs / scales.shape[1]:g} inputs: only {', '.join(map(str, GROUP_SIZES))} are supported")
-    low, high = int(values.min()), int(values.max())
+    low, high = map(int, values.aminmax())
     offset = 128 if bits == 8 else 8 if low < 0 else 0
     if bits == 4 and not 0 <= low + offset <= high + offset <= 15:
         raise UserError(f"4 bits hold -8 … 7 or 0 … 15, not {low} … {high}")
@@ -198,8 +202,9 @@ def pack_groups(
         words = _in_panels(_whole_lines(values.detach().contiguous().view(torch.uint8) ^ 128, whole).view(torch.int32))
     else:
         words = _in_half_panels(_whole_lines((values.detach() + offset).view(torch.uint8), whole))
-    parts = (None if part is None else _group_panels(part.detach().float(), whole // group) for part in (scales, minimums))
-    return PackedMatrix("groups", (outputs, inputs), words, *parts, bits, group, offset)
+    lanes = _group_panels(scales, whole // group)
+    least = None if minimums is None else _group_panels(minimums, whole // group)
+    return PackedMatrix("groups", (outputs, inputs), words, lanes, least, bits, group, offset)
 
 
 def join(matrices: Sequence[PackedMatrix]) -> PackedMatrix:
@@ -209,16 +214,19 @@ def join(matrices: Sequence[PackedMatrix]) -> PackedMatrix:
         raise UserError("matrices of different kinds, inputs or groups cannot be joined into one")
     shape = (sum(matrix.shape[0] for matrix in matrices), head.shape[1])
     if all(matrix.shape[0] % PANEL == 0 for matrix in matrices[:-1]):
-        parts = zip(*((m.values, m.scales, m.minimums) for m in matrices))
-        joined = (None if part[0] is None else torch.cat(part) for part in parts)
-        return PackedMatrix(head.kind, shape, *joined, head.bits, head.group, head.offset)  # type: ignore[arg-type]
-    values, scales, minimums = (
-        None if part[0] is None else torch.cat(part) for part in zip(*(matrix.unpacked for matrix in matrices))
-    )
-    assert values is not None
+        scales, minimums = _beside([m.scales for m in matrices]), _beside([m.minimums for m in matrices])
+        return replace(head, shape=shape, values=torch.cat([m.values for m in matrices]), scales=scales, minimums=minimums)
+    rows = [matrix.unpacked for matrix in matrices]
+    values = torch.cat([row[0] for row in rows])
+    scales, minimums = _beside([row[1] for row in rows]), _beside([row[2] for row in rows])
     if scales is None:
         return pack_bf16(values)
     return pack_int8(values, scales) if head.kind == "int8" else pack_groups(values, scales, minimums, head.bits)
+
+
+def _beside(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 def _shape(weight: torch.Tensor) -> tuple[int, int]:
@@ -228,7 +236,7 @@ def _shape(weight: torch.Tensor) -> tuple[int, int]:
 
 def _whole_lines(rows: torch.Tensor, whole: int) -> torch.Tensor:
     """Rows filled up with zeros to a multiple of `whole` inputs."""
-    return pad(rows, (0, -rows.shape[1] % whole)).contiguous()
+    return (pad(rows, (0, -rows.shape[1] % whole)) if rows.shape[1] % whole else rows).contiguous()
 
 
 def _in_panels(words: torch.Tensor) -> torch.Tensor:
@@ -241,13 +249,14 @@ def _in_panels(words: torch.Tensor) -> torch.Tensor:
 
 def _in_half_panels(rows: torch.Tensor) -> torch.Tensor:
     """(O, I) bytes of 4 bits → (P, I / 4, 16) int32: outputs n and n + 16 of a panel share a byte."""
-    low, high = pad(rows, (0, 0, 0, -len(rows) % PANEL)).unflatten(0, (-1, 2, PANEL // 2)).unbind(1)
-    return (low | high << 4).view(torch.int32).transpose(1, 2).contiguous()
+    rows = pad(rows, (0, 0, 0, -len(rows) % PANEL)) if len(rows) % PANEL else rows
+    low, high = rows.unflatten(0, (-1, 2, PANEL // 2)).unbind(1)
+    return high.bitwise_left_shift(4).bitwise_or_(low).view(torch.int32).transpose(1, 2).contiguous()
 
 
 def _group_panels(scales: torch.Tensor, multiple: int) -> torch.Tensor:
     """(O, G) → (P, G rounded up to `multiple`, 32)."""
-    padded = pad(scales, (0, -scales.shape[1] % multiple, 0, -len(scales) % PANEL))
+    padded = pad(scales.detach().float(), (0, -scales.shape[1] % multiple, 0, -len(scales) % PANEL))
     return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
@@ -265,7 +274,7 @@ def quantize_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tens
 
 def product_plain(x: torch.Tensor, packed: PackedMatrix) -> torch.Tensor:
     """x (N, I) times the transposed matrix → (N, O), in the dtype of `x`."""
-    values, scales, minimums = packed.unpacked
+    values, scales, minimums = packed.kept
     if scales is None:
         return linear(x, values.to(x.dtype))
     group = packed.group or packed.shape[1]
@@ -300,7 +309,7 @@ def pack_model(model: "ModelModule", kind: Kind = "bf16", release: bool = False)
     """
     pack = {"bf16": pack_bf16, "int8": round_to_int8}.get(kind)
     if pack is None:
-        raise UserError(f"pack_model packs bf16 or int8, not {kind!r}: {kind} needs values and scales, see inference/quantization")
+        raise UserError(f"pack_model packs bf16 or int8, not {kind!r}: give each Linear its `packed` (inference/quantization)")
     for part in packable(model).values():
         if part.packed is None:
             part.packed = pack(part.weight)
@@ -316,7 +325,7 @@ def packable(model: "ModelModule") -> dict[str, "Linear"]:
     """Every `Linear` by name, except those whose weight a module reads as it is (`reads_weights`)."""
     from headspring.models.part import Linear
 
-    found = {}
+    found: dict[str, Linear] = {}
     for prefix, module in model.named_modules():
         read = getattr(module, "reads_weights", ())
         parts = ((name, part) for name, part in module.named_children() if isinstance(part, Linear) and name not in read)

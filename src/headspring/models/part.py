@@ -150,7 +150,7 @@ def linear(x: torch.Tensor, *parts: Linear) -> torch.Tensor:
     """x (..., I) times several matrices side by side, from one product where it can be: (..., Σ Oᵢ)."""
     if Linear.watcher is not None:
         Linear.watcher(parts, x)
-    biases = [part.bias for part in parts if part.bias is not None]
+    biases: list[torch.Tensor] = [part.bias for part in parts if part.bias is not None]
     if parts[0].packed is None:
         return kernels.linear(x, [part.weight for part in parts], biases)
     if torch.is_grad_enabled() and any(part.weight.requires_grad for part in parts):

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from headspring.models import fused_block
 from headspring.models.block import Block, BlockModule
 from headspring.models.context import Context
 from headspring.models.embedding import Bias, Embed, EmbedModule, Head, Table
@@ -137,8 +138,14 @@ class StackModule(ModelModule):
         """Hidden states of all tokens; `layers` are the memories of the blocks, `place` puts vectors among the embeddings."""
         x = self.embed(tokens, self.compute_dtype, context.positions, types)
         x = self.site("embed", x if place is None else place(x))
+        fused = fused_block.FusedStack.of(self, self.layers, layers) if fused_block.applies(x, context) else None
+        done = 0
         for index, block in enumerate(self.layers):
-            if self.checkpoint_activations and torch.is_grad_enabled():
+            if index < done:
+                continue
+            if fused is not None and (done := fused.reach(index)) > index:
+                x = fused.run(x, context, index, done)
+            elif self.checkpoint_activations and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context, None if layers is None else layers[index])

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from headspring.artifacts import HeadspringError, UserError
 from headspring.inference.engine import Engine, Job
+from headspring.inference.sampling import SamplingParams
 from headspring.serving.metrics import Metrics
 from headspring.serving.session import End, Session
 
@@ -36,9 +37,18 @@ class EngineLoop:
         self.broken: dict[str, Exception] = {}
         self._orders: deque[Callable[[], None]] = deque()
 
-    def submit(self, model: str, session: Session, prompt: list[int], params: Any, **options: Any) -> None:
-        """Leave the order that `session` shall run as `Engine.submit(prompt, params, **options)` on `model`."""
-        self._orders.append(lambda: self._submit(model, session, prompt, params, options))
+    def submit(
+        self,
+        model: str,
+        session: Session,
+        prompt: list[int],
+        params: SamplingParams,
+        make: Callable[[], Mapping[str, Any]] = dict,
+        **options: Any,
+    ) -> None:
+        """Leave the order that `session` shall run as `Engine.submit(prompt, params, **options, **make())` on `model`: `make`
+        is for what only the engine's thread may make."""
+        self._orders.append(lambda: self._submit(model, session, prompt, params, make, options))
 
     def call(self, work: Callable[[], T]) -> "Future[T]":
         """Leave an order to do some other work with a model, between two steps."""
@@ -74,13 +84,21 @@ class EngineLoop:
                 self._end(session, model, *ending(session.job))
         return busy or bool(self._orders)
 
-    def _submit(self, model: str, session: Session, prompt: list[int], params: Any, options: dict[str, Any]) -> None:
+    def _submit(
+        self,
+        model: str,
+        session: Session,
+        prompt: list[int],
+        params: SamplingParams,
+        make: Callable[[], Mapping[str, Any]],
+        options: dict[str, Any],
+    ) -> None:
         if session.reason is not None:
             return self._end(session, model, "cancelled")
         if model in self.broken:
             return self._end(session, model, "failed", self.broken[model])
         try:
-            job = self.engines[model].submit(prompt, params, notify=session.push, **options)
+            job = self.engines[model].submit(prompt, params, notify=session.push, **options, **make())
         except UserError as error:
             return self._end(session, model, "rejected", error)
         except Exception as error:

@@ -90,7 +90,9 @@ def sound(data: str, tower: Sound) -> torch.Tensor:
     except Exception as error:
         raise refuse(f"the sound cannot be read ({type(error).__name__})", "input_audio") from None
     if form != (1, 2, tower.rate):
-        raise refuse(f"a sound must be one channel of 16 bits at {tower.rate} Hz, not (channels, bytes, rate) = {form}", "input_audio")
+        raise refuse(
+            f"a sound must be one channel of 16 bits at {tower.rate} Hz, not (channels, bytes, rate) = {form}", "input_audio"
+        )
     heard = np.frombuffer(frames[: len(frames) // 2 * 2], "<i2").astype(np.float32) / 32768
     if len(heard) > tower.samples:
         raise refuse(f"this model hears {tower.samples} samples, and the sound has more; cut it", "input_audio")

@@ -7,6 +7,7 @@ part: text as plain text, a picture or sound as its tower's placeholders.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,8 +19,9 @@ from headspring.models import EncoderDecoder
 from headspring.serving import media, tools
 from headspring.serving.config import Limits
 from headspring.serving.errors import ApiError, refuse
-from headspring.serving.requests import ChatMessage, ChatRequest, CompletionRequest, TextPart
+from headspring.serving.requests import ChatMessage, ChatRequest, CompletionRequest, TextPart, TokenizeRequest
 from headspring.serving.sampling import inspection_of, params_of
+from headspring.serving.served import Served
 from headspring.text import chat
 from headspring.tokenization import rendering
 from headspring.tokenization.tokenizer import Tokenizer
@@ -43,43 +45,62 @@ class Prepared:
         return self.source or self.prompt
 
 
-def prepare_completion(lm: LanguageModel, body: CompletionRequest, limits: Limits) -> list[Prepared]:
+def prepare_completion(served: Served, body: CompletionRequest) -> list[Prepared]:
     """A `Prepared` for each prompt. Raises `ApiError` or `UserError`."""
+    lm, limits = served.lm, served.limits
     prompts = _prompts(body.prompt)
     if len(prompts) > limits.prompts:
         raise ApiError(400, f"prompt: {len(prompts)} prompts, and this server allows {limits.prompts}", "limit", "prompt")
     made = []
     for prompt in prompts:
         ids = list(prompt) if not isinstance(prompt, str) else lm.prompt_ids(bounded(lm, prompt))
-        made.append(_prepared(lm, body, limits, ids))
+        made.append(_prepared(served, body, ids))
     if sum(one.params.answers for one in made) > limits.all_answers:
         raise ApiError(400, f"prompt and n ask for more than {limits.all_answers} answers together", "limit", "n")
     return made
 
 
-def prepare_chat(lm: LanguageModel, body: ChatRequest, limits: Limits) -> list[Prepared]:
+def prepare_chat(served: Served, body: ChatRequest) -> list[Prepared]:
     """One `Prepared`. Raises `ApiError` or `UserError`."""
+    lm, limits = served.lm, served.limits
     if len(body.messages) > limits.messages:
         raise ApiError(400, f"messages: {len(body.messages)}, and this server allows {limits.messages}", "limit", "messages")
     ids, items = chat_ids(lm, body.messages, limits, tools.offered(lm.tokenizer, body, limits))
-    return [_prepared(lm, tools.constrained(body), limits, ids, items)]
+    return [_prepared(served, tools.constrained(body), ids, items)]
 
 
-def _prepared(
-    lm: LanguageModel, body: CompletionRequest | ChatRequest, limits: Limits, ids: list[int], items: Items | None = None
-) -> Prepared:
+def tokenize(served: Served, body: TokenizeRequest) -> list[int]:
+    """The ids of a text or a conversation."""
+    if (body.text is None) == (body.messages is None):
+        raise refuse("give either text or messages", "text")
+    if body.messages is not None:
+        if body.add_bos:
+            raise refuse("a conversation begins as its template says; leave add_bos out", "add_bos")
+        return chat_ids(served.lm, body.messages, served.limits)[0]
+    text, tokenizer = bounded(served.lm, body.text or ""), served.lm.tokenizer
+    bos = [tokenizer.bos_id] if body.add_bos and tokenizer.bos_id is not None else []
+    return bos + tokenizer.encode(text)
+
+
+def count_tokens(served: Served, texts: Sequence[str]) -> list[int]:
+    """How many tokens of each text an embedding reads."""
+    return [min(len(served.lm.tokenizer.encode(text)), served.lm.context) for text in texts]
+
+
+def _prepared(served: Served, body: CompletionRequest | ChatRequest, ids: list[int], items: Items | None = None) -> Prepared:
+    lm, limits = served.lm, served.limits
     source: list[int] = []
     if isinstance(value := lm.model.config, EncoderDecoder):
         source, ids = ids, [value.start]
     if not ids:
         raise refuse("the prompt is empty, and the tokenizer has nothing to begin with; give a token", "prompt")
-    params = params_of(body, limits, lm.context - len(ids))
+    params = params_of(body, limits, served.context - len(ids))
     if params.structured is not None:
         compile_structured(params.structured, lm.tokenizer)  # here and not in the engine's thread; it remembers
     return Prepared(ids, params, source, items or {}, inspection_of(body, limits))
 
 
-def _prompts(prompt: CompletionRequest.__annotations__["prompt"]) -> Sequence[str | Sequence[int]]:  # type: ignore[valid-type]
+def _prompts(prompt: Any) -> Sequence[str | Sequence[int]]:
     """One text or one row of ids is one prompt."""
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [prompt]
@@ -131,9 +152,7 @@ def _encoded(lm: LanguageModel, text: str) -> list[int]:
     return lm.tokenizer.encode_with_spans(bounded(lm, text))[0].tolist()
 
 
-def _pieces(
-    tokenizer: Tokenizer, messages: Sequence[ChatMessage], offered: tools.Offered | None
-) -> Iterator[list[int] | int]:
+def _pieces(tokenizer: Tokenizer, messages: Sequence[ChatMessage], offered: tools.Offered | None) -> Iterator[list[int] | int]:
     """Ids that the layout writes, and the number of the message whose content stands between them."""
     if all(token in tokenizer.control for token in (chat.BOS, chat.END, *chat.ROLE_TOKENS.values())):
         yield from _own_pieces(tokenizer, messages)

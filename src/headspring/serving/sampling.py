@@ -46,6 +46,8 @@ def inspection_of(body: Asked, limits: Limits) -> Inspection | None:
         raise refuse("capture and lens come with a whole answer; leave stream out", "stream")
     count = len(asked.capture) + len(asked.edits) + (len(asked.lens.sites) if asked.lens else 0)
     _at_most(count, limits.edits, "capture, lens, patch, ablate and steer", "sites")
+    if asked.lens is not None:
+        _at_most(asked.lens.top, limits.logprobs, "lens.top")
     numbers = sum(len(text) * 3 // 16 for text in _vectors(asked))
     _at_most(numbers, limits.edit_numbers, "patch, ablate and steer", "numbers")
     return asked

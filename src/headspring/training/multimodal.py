@@ -72,9 +72,7 @@ class Hearing(Sense):
     def tower(self, placeholder: int, shape: tuple[int, ...]) -> Tower:
         if len(shape) != 1:
             raise UserError("a tower of kind sound listens, and these questions are about pictures: use kind: vision")
-        return Sound(
-            placeholder=placeholder, width=self.width, blocks=self._blocks(), samples=shape[0], frames=self.frames
-        )
+        return Sound(placeholder=placeholder, width=self.width, blocks=self._blocks(), samples=shape[0], frames=self.frames)
 
 
 def with_sense(model: ModelModule, sense: Sense, shape: tuple[int, ...], seed: int) -> MultimodalModule:

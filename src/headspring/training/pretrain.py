@@ -16,6 +16,7 @@ from headspring.data.packing import PackedTokens
 from headspring.data.shards import TokenShards
 from headspring.data.spans import CorruptedSpans, SpanCorruption
 from headspring.models import save_model
+from headspring.models.drawing import draw
 from headspring.models.heads import Headed
 from headspring.models.model import Model, ModelModule
 from headspring.models.ngram import NGram, NGramModule
@@ -202,6 +203,36 @@ def validation(model: ModelModule, shards: TokenShards, length: int, config: Pre
         return {"loss": loss, "perplexity": math.exp(min(loss, 80.0)), "bits_per_byte": bits}
 
     return measure
+
+
+def sizes(config: PretrainConfig, vocab_size: int) -> dict[str, float] | None:
+    """What the memory of training depends on, under the names of `line.registry.Sizes`; None for what is counted."""
+    described = config.described(vocab_size)
+    if described.counted:
+        return None
+    with torch.device("meta"):
+        model = described.module()
+    ledger = model.ledger(config.sequence_length or config.model.context)
+    layers = [part for part in ledger.children if part.name.startswith("layers.")]
+    kept = sum(layer.activation_bytes for layer in layers)
+    again = max((layer.activation_bytes for layer in layers), default=0.0)  # one layer at a time
+    inputs = 2.0 * described.width * len(layers)
+    rules = model.rules_by_name
+    return {
+        "parameters": model.num_parameters(),
+        "matrices": sum(p.numel() for name, p in model.named_parameters() if rules[name].group == "matrix"),
+        "vocab": described.vocab,
+        "activations": ledger.activation_bytes,
+        "checkpointed": ledger.activation_bytes - kept + again + inputs,
+        "context": config.model.context,
+    }
+
+
+def drawing(config: PretrainConfig, vocab_size: int) -> str:
+    """The model with shapes, parameters and FLOPs a token for each part, at the length it is trained on."""
+    with torch.device("meta"):
+        model = config.described(vocab_size).module()
+    return draw(model.ledger(config.sequence_length or config.model.context))
 
 
 def plan(config: PretrainConfig, vocab_size: int) -> dict[str, float]:

@@ -30,6 +30,18 @@ def test_int8_is_within_half_a_step():
     assert ((matrix.dequantized() - weight).abs() <= matrix.scales * 0.5001).all()
 
 
+def test_int8_in_groups_keeps_small_weights_beside_large_ones():
+    weight = weights()
+    weight[:, 0] *= 50
+    by_group, by_output = round_int8(weight, 16), round_int8(weight)
+    assert (by_group.group, by_group.by_channel) == (16, False)
+    assert torch.equal(by_group.scales, by_group.scales.half().float())
+    errors = [(matrix.dequantized() - weight)[:, 16:].square().sum() for matrix in (by_group, by_output)]
+    assert errors[0] < 0.01 * errors[1]
+    steps = by_group.scales.repeat_interleave(16, dim=1)
+    assert ((by_group.dequantized() - weight).abs() <= steps * 0.5001).all()
+
+
 @pytest.mark.parametrize("minimum", [False, True])
 @pytest.mark.parametrize("group", [16, 32, 64])
 def test_no_scale_of_a_fine_grid_is_much_better(group, minimum):

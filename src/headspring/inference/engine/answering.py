@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from headspring.inference.engine.beams import Answer, Candidate, Search, extend, replay
 from headspring.inference.engine.job import Job, Update
 from headspring.inference.engine.sampler import Sampler
 from headspring.inference.engine.sequence import Sequence, Work
 from headspring.inference.engine.submission import request_of
-from headspring.inference.generation import most_probable
+from headspring.inference.generation import Request, most_probable
 from headspring.inference.sampling import log_probs_of_logits, tops_of
 
 if TYPE_CHECKING:
@@ -36,11 +37,16 @@ class Answering:
     def first(self, job: Job) -> Sequence:
         """The sequence that reads a job's prompt."""
         sequence = self._sequence(job, 0)
+        if job.params.beam_width is not None:
+            job.search = Search(job.params, sequence.request.new_tokens)
         sequence.probe = job.probe
         return sequence
 
+    def _request(self, job: Job, answer: int = 0) -> Request:
+        return request_of(job, self.engine.context, self.engine.tokenizer, answer)
+
     def _sequence(self, job: Job, answer: int) -> Sequence:
-        request = request_of(job, self.engine.context, self.engine.tokenizer, answer)
+        request = self._request(job, answer)
         job.requests.append(request)
         job.sequences.append(Sequence(job, request, answer))
         return job.sequences[-1]
@@ -78,10 +84,17 @@ class Answering:
             proposals, sequence.proposals = sequence.proposals, []
             if sequence.job.wants_prompt:
                 hidden = self._read_prompt(sequence, hidden, len(proposals))
-            if sequence.computed >= len(sequence.tokens):
+            if sequence.computed < len(sequence.tokens):
+                continue
+            if sequence.job.params.beam_width is not None:
+                sequence.row = hidden[-1]
+            else:
                 asking += [(one, hidden, proposals) for one in self._with_siblings(sequence)]
         if asking:
             self._sample(asking)
+        for job in {item.sequence.job.number: item.sequence.job for item, _ in done}.values():
+            if not job.finished and job.params.beam_width is not None and all(one.row is not None for one in job.sequences):
+                self._search(job)
         for item, _ in done:
             if item.sequence.running:
                 self._settle(item.sequence)
@@ -103,7 +116,7 @@ class Answering:
     def _with_siblings(self, sequence: Sequence) -> list[Sequence]:
         """A sequence, and the other answers to its prompt if it is the first to have read that."""
         job = sequence.job
-        if len(job.requests) == job.params.answers or job.params.beam_width is not None:
+        if len(job.requests) == job.params.answers:
             return [sequence]
         siblings = [self._sequence(job, answer) for answer in range(len(job.requests), job.params.answers)]
         for sibling in siblings:
@@ -116,7 +129,7 @@ class Answering:
         before = [len(sequence.request.token_ids) for sequence, _, _ in asking]
         requests, proposals = [sequence.request for sequence, _, _ in asking], [proposed for _, _, proposed in asking]
         failures = self.sampler.sample(requests, logits, proposals)
-        for (sequence, _, _), known, failure in zip(asking, before, failures, strict=True):
+        for (sequence, rows, proposed), known, failure in zip(asking, before, failures, strict=True):
             if sequence.job.finished:
                 continue  # by what it was told of another answer
             if failure is not None:
@@ -125,7 +138,60 @@ class Answering:
             new = sequence.request.token_ids[known:]
             sequence.tokens += new
             self.tokens += len(new)
+            if self.engine.speculator is not None:
+                self.engine.speculator.check(sequence.request, len(proposed), rows[: len(new)])
             self._tell(sequence, known)
+
+    # ---- beams
+
+    def _search(self, job: Job) -> None:
+        """One step of a beam search, for which the hidden states of all beams are there."""
+        beams, search = list(job.sequences), job.search
+        assert search is not None
+        logits = self.engine.model.logits(torch.stack([beam.row for beam in beams if beam.row is not None]))
+        try:
+            going, ended = search.split(beams, search.candidates(beams, logits, self.sampler.named))
+            answers = [self._ended(job, beams[one.beam], logits[one.beam], one, search) for one in ended]
+        except Exception as error:
+            self.engine.end(job, "failed", error)
+            return
+        search.take(answers, going, len(beams[0].request.token_ids) + 1)
+        self.tokens += len(beams)
+        self._go_on(job, beams, logits, going if search.totals else [])
+        if not job.sequences:
+            self._finish_search(job, search)
+
+    def _ended(self, job: Job, beam: Sequence, logits: Tensor, one: Candidate, search: Search) -> Answer:
+        request = extend(replay(beam.request, self._request(job)), logits, one.token)
+        seen = None if beam.probe is None else beam.probe.seen(len(beam.tokens))
+        return Answer(search.score(one.total, len(request.token_ids)), request, seen)
+
+    def _go_on(self, job: Job, beams: list[Sequence], logits: Tensor, going: list[Candidate]) -> None:
+        """Each candidate becomes a sequence: the first to follow a beam is that beam, the others are forked from it."""
+        used = {one.beam for one in going}
+        for number, beam in enumerate(beams):
+            if number not in used:
+                self.engine.scheduler.remove(beam)
+                job.sequences.remove(beam)
+        names = (name for name in range(2 * len(beams) + len(going)) if name not in {one.answer for one in job.sequences})
+        order = []
+        for place, one in enumerate(going):
+            parent = beams[one.beam]
+            first = all(other.beam != one.beam for other in going[place + 1 :])  # the last to be made takes the parent itself
+            order.append(parent if first else Sequence(job, replay(parent.request, self._request(job)), next(names)))
+            if not first:
+                self.fork(parent, order[-1])
+        for one, sequence in zip(going, order, strict=True):
+            extend(sequence.request, logits[one.beam], one.token)
+            sequence.tokens.append(one.token)
+            sequence.row = None
+        job.sequences[:] = order
+
+    def _finish_search(self, job: Job, search: Search) -> None:
+        best = search.answers[: job.params.n]
+        job.requests = [one.request for one in best]
+        job.seen = {number: one.seen for number, one in enumerate(best) if one.seen is not None}
+        self._finish(job)
 
     def _settle(self, sequence: Sequence) -> None:
         """Bring the books up to date: what was computed for rejected proposals is forgotten."""
@@ -146,13 +212,13 @@ class Answering:
             job.sequences.remove(sequence)
         if not job.chooses:
             self._notify(job, update_of(sequence, known))
-        finished = len(job.requests) == job.params.answers and all(one.finish_reason for one in job.requests)
+        finished = len(job.requests) == job.params.answers and not job.sequences  # the others may end in this very step
         if finished and not job.finished:
             self._finish(job)
 
     def _finish(self, job: Job) -> None:
         answers = [request.generation() for request in job.requests]
-        job.generations = most_probable(answers, job.params.n) if job.chooses else answers
+        job.generations = most_probable(answers, job.params.n) if job.search is None and job.chooses else answers
         if job.chooses:
             for number, answer in enumerate(job.generations):
                 told = (answer.text, answer.token_ids, answer.logprobs, answer.top_logprobs, answer.finish_reason)

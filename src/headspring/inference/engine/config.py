@@ -1,12 +1,14 @@
 """What an engine may use: memory, sequences at a time, tokens a step, places in its queue."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import psutil
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from headspring.artifacts import UserError, Value
+from headspring.inference.sampling_params import explain
+from headspring.inference.speculation import Speculation
 
 LARGEST_DEFAULT = 2**30  # bytes of pages where nobody says otherwise
 
@@ -29,7 +31,7 @@ class EngineConfig(Value):
         "auto", description="int8 halves the bytes of keys and values, with a scale each"
     )
     prefix_sharing: bool = Field(True, description="keep pages of what was read, for prompts that begin alike")
-    speculation: Value | None = Field(None, description="a value of `inference.speculation`; no token changes by it")
+    speculation: Speculation | None = Field(None, description="how tokens are proposed; no token changes by it")
     debug: bool = Field(False, description="check the books of the cache after every step")
 
     @model_validator(mode="after")
@@ -39,6 +41,14 @@ class EngineConfig(Value):
                 f"a step of chunk={self.chunk} tokens has none for some of max_sequences={self.max_sequences} answers"
             )
         return self
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """The config with these options; one clear `UserError` for an unknown or impossible one."""
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            raise UserError(explain(error.errors()[0], list(cls.model_fields))) from None
 
 
 def default_memory(device: torch.device) -> int:

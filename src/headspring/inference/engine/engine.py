@@ -32,9 +32,10 @@ from headspring.inference.engine.job import Job, Outcome, Update
 from headspring.inference.engine.runner import Runner, runner_for
 from headspring.inference.engine.scheduler import Scheduler
 from headspring.inference.engine.sequence import Sequence, Work
-from headspring.inference.engine.submission import checked_prompt
+from headspring.inference.engine.submission import checked_prompt, require_causal
 from headspring.inference.inspection import Inspection, Probe
 from headspring.inference.sampling_params import SamplingParams
+from headspring.inference.speculation import Speculator
 from headspring.models.model import ModelModule
 from headspring.tokenization.tokenizer import Tokenizer
 
@@ -74,11 +75,14 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.model, self.tokenizer, self.config, self.clock = model, tokenizer, config or EngineConfig(), clock
+        require_causal(model.config)
         self.runner = runner or runner_for(model, self.config)
         self.cache = Cache(self.runner.groups, self.runner.shares and self.config.prefix_sharing)
         self.scheduler = Scheduler(self.cache, self.config.max_sequences, self.config.chunk)
         self.context = min(model.config.context, self.config.context or model.config.context)
         self.answering = Answering(self)
+        value = self.config.speculation
+        self.speculator = None if value is None else Speculator(value, model, tokenizer, clock)
         self.jobs: dict[int, Job] = {}  # that have not ended, by number
         self.counts = dict.fromkeys(("steps", "computed_tokens", "submitted", "rejected", *get_args(Outcome)), 0)
 
@@ -104,11 +108,11 @@ class Engine:
 
         Raises `UserError` for what can never be answered, `QueueFull` where too many wait already."""
         try:
-            job = self._job(prompt, params, source, soft, edits)
+            job = self._job(prompt, params, source, soft, edits, notify)
         except UserError:
             self.counts["rejected"] += 1
             raise
-        job.priority, job.notify = priority, notify
+        job.priority = priority
         job.deadline = None if timeout is None else self.clock() + timeout
         job.scope = key, "" if job.probe is None else job.probe.key
         self.counts["submitted"] += 1
@@ -116,12 +120,21 @@ class Engine:
         self.scheduler.add(job.sequences[0])
         return job
 
-    def _job(self, prompt: Rows[int], params: SamplingParams, source: Rows[int], soft: Any, edits: Inspection | None) -> Job:
+    def _job(
+        self,
+        prompt: Rows[int],
+        params: SamplingParams,
+        source: Rows[int],
+        soft: Any,
+        edits: Inspection | None,
+        notify: Callable[[Update], None] | None,
+    ) -> Job:
+        """A job that can be answered, or an error."""
         limit = self.config.max_queue
         if limit is not None and len({sequence.job.number for sequence in self.scheduler.waiting}) >= limit:
             raise QueueFull(f"{limit} requests are waiting already; try again later")
         tokens = checked_prompt(self.model.config, prompt, params, source)
-        job = Job(self.counts["submitted"], tokens, params, list(source), soft)
+        job = Job(self.counts["submitted"], tokens, params, list(source), soft, notify=notify)
         sequence = self.answering.first(job)
         new = sequence.request.new_tokens
         for group in self.cache.groups:
@@ -150,8 +163,11 @@ class Engine:
         if work:
             self.counts["steps"] += 1
             self.answering.ask(work)
+            before, writing = self.answering.tokens, self._speculate(work)
             done = self._compute(work)
             self.answering.answer(done)
+            if self.speculator is not None:
+                self.speculator.after(writing, self.answering.tokens - before)
         assert work or not self.jobs, "jobs are left, and none of them can go on"
         if self.config.debug:
             self.cache.check(self.scheduler)
@@ -161,6 +177,18 @@ class Engine:
         """Steps until nothing is left to do."""
         while self.step():
             pass
+
+    def _speculate(self, work: list[Work]) -> int:
+        """Let answers that get one token compute proposed ones too. How many these are; 0 where the step does other work, so
+        that its time says nothing about theirs."""
+        writing = [item for item in work if item.count == 1 and item.sequence.request.token_ids]
+        writing = [item for item in writing if item.sequence.job.params.beam_width is None]
+        if self.speculator is None or not writing:
+            return 0
+        proposals = self.speculator.before([item.sequence.request for item in writing], self.scheduler.budget)
+        for item, tokens in zip(writing, proposals, strict=True):
+            self.scheduler.extend(item, tokens)
+        return len(writing) if len(writing) == len(work) else 0
 
     def _compute(self, work: list[Work]) -> list[tuple[Work, Tensor]]:
         """Each work that succeeded, with the hidden states (rows, D) that it wanted."""
@@ -179,8 +207,8 @@ class Engine:
         """The same for one sequence, after a step of several raised; None where it is the one that does."""
         sequence = work.sequence
         try:
-            if self.go_back(sequence, sequence.computed):
-                return self.runner.run([work])
+            if sequence.state is None or self.runner.boundary(sequence, sequence.computed) == sequence.computed:
+                return self.runner.run([work])  # into the pages that were reserved for the step
             self.scheduler.preempt(sequence)  # it begins again, in a step of its own making
         except Exception as error:
             self.end(sequence.job, "failed", error)

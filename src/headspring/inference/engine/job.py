@@ -17,6 +17,7 @@ from headspring.inference.inspection import Probe, Seen
 from headspring.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from headspring.inference.engine.beams import Search
     from headspring.inference.engine.sequence import Sequence
 
 Outcome = Literal["finished", "cancelled", "timeout", "failed"]
@@ -59,6 +60,7 @@ class Job:
     outcome: Outcome | None = None
     error: Exception | None = None
     generations: list[Generation] = field(default_factory=list)
+    search: "Search | None" = None
     sequences: list["Sequence"] = field(default_factory=list)  # under way
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_tops: list[Mapping[int, float] | None] = field(default_factory=list)

@@ -205,6 +205,8 @@ def groups_in(config: EngineConfig, model: ModelModule, sizes: Mapping[int | Non
     bytes_each = sum(size * most[window] for window, size in sizes.items())
     memory = config.memory or default_memory(model.device)
     share = config.max_sequences if bytes_each == 0 else min(config.max_sequences, memory / bytes_each)
+    if config.memory is None:
+        share = max(share, 1)  # nobody set a limit: whatever the model is made for can be asked
     groups = [Group(window, int(share * most[window])) for window in sizes]
     if any(group.num_pages == 0 for group in groups):
         raise UserError(f"{memory} bytes are less than one page of {sum(sizes.values())} bytes for {PAGE} tokens; raise memory")

@@ -10,12 +10,12 @@ What a request alone can break (NaN, a structure that gives up) is its own failu
 
 import math
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from headspring.artifacts import HeadspringError
+from headspring.inference.adjusting import adjust, adjusts
 from headspring.inference.generation import Request
 from headspring.inference.sampling import RowParams, SamplingParams, log_probs_of_logits, pick, tops_of
 
@@ -55,7 +55,7 @@ class Sampler:
     ) -> list[int]:
         """The token of every row, as if all proposals before it were right."""
         adjusted = logits[:, : self.named]
-        changing = [i for i, request in enumerate(requests) if _adjusts(request)]
+        changing = [i for i, request in enumerate(requests) if adjusts(request)]
         if changing:
             adjusted = adjusted.clone()
         for i in changing:
@@ -124,35 +124,3 @@ def _take(request: Request, logits: Tensor, run: Sequence[int], log_probs: Seque
         if request.finish_reason is not None:
             break
     return None
-
-
-# ---- what a request changes before anything is chosen
-
-
-def _adjusts(request: Request) -> bool:
-    params = request.params
-    constrained = request.matcher is not None or bool(params.logit_bias) or not request.may_stop
-    return constrained or request.history is not None
-
-
-def adjust(rows: Tensor, request: Request, proposed: Sequence[int]) -> None:
-    """Penalties, bias and what is allowed, on logits (1 + len(proposed), V) float32 in place. Raises `HeadspringError` where a
-    structure cannot go on."""
-    params, written = request.params, request.token_ids
-    if request.history is not None:
-        for row, token in zip_longest(rows, proposed):
-            request.history.penalize(row, params)
-            if token is not None:
-                request.history.push(token)
-        for _ in proposed:
-            request.history.pop()
-    if params.logit_bias:
-        biased = torch.tensor(list(params.logit_bias), device=rows.device)
-        rows[:, biased] += torch.tensor(list(params.logit_bias.values()), device=rows.device)
-    early = params.min_tokens - len(written)
-    if early > 0 and request.stop_ids:
-        stops = [token for token in request.stop_ids if token < rows.shape[1]]
-        rows[:early, torch.tensor(stops, device=rows.device)] = -torch.inf
-    if request.matcher is not None:
-        for row, mask in zip(rows, request.matcher.masks(proposed)):
-            row.masked_fill_(torch.from_numpy(~mask).to(rows.device), -torch.inf)

@@ -102,9 +102,8 @@ def _live(engine: Engine, asked: Sequence[Asked], schedule: Schedule) -> list[Jo
 
 
 def _config(model: ModelModule, asked: Sequence[Asked], schedule: Schedule, debug: bool) -> EngineConfig:
-    config = EngineConfig(
-        chunk=schedule.chunk, max_sequences=schedule.max_sequences, prefix_sharing=schedule.sharing, debug=debug
-    )
+    together = min(schedule.max_sequences, schedule.chunk)
+    config = EngineConfig(chunk=schedule.chunk, max_sequences=together, prefix_sharing=schedule.sharing, debug=debug)
     if schedule.speculates:
         from headspring.inference.speculation import PromptLookup
 

@@ -1,7 +1,7 @@
 """Whole numbers into a model, and out of it again.
 
 `install` packs each matrix for the products of this machine and gives the memory of the float weights back. `installed`
-reads a model's matrices out of their packed form, for saving.
+reads a model's matrices out of their packed form, for saving; `restore` makes them floats again, for other formats.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import torch
 
 from headspring.models.embedding import Table
 from headspring.models.model import ModelModule
-from headspring.models.packed import PackedMatrix, join_parts, pack_groups, pack_int8, release_weights
+from headspring.models.packed import PackedMatrix, join_parts, pack_groups, pack_int8, release_weights, unpack_model
 from headspring.models.part import Linear
 from headspring.models.quantized import QuantizedMatrix
 
@@ -61,8 +61,23 @@ def installed(model: ModelModule) -> dict[str, QuantizedMatrix]:
     return found
 
 
+def restore(model: ModelModule, dtype: torch.dtype = torch.float32) -> None:
+    """Give every parameter of a quantized model the numbers that its whole numbers mean, in `dtype`."""
+    for name, matrix in installed(model).items():
+        model.get_parameter(name).data = matrix.dequantized().to(dtype)
+    for module in model.modules():
+        if isinstance(module, Table):
+            module.packed = None
+        if isinstance(module, ModelModule):
+            module.released = False
+            module.packed_head = None
+    unpack_model(model)
+    model.to(dtype).requires_grad_(True)
+    model.compute_dtype = dtype
+
+
 def plain(model: ModelModule, dtype: torch.dtype) -> None:
-    """Cast every matrix that has float weights still to `dtype`; vectors keep their precision, which costs nothing."""
+    """Cast the matrices that are floats still to `dtype`; vectors keep their precision, which costs nothing."""
     for parameter in model.parameters():
-        if parameter.dim() > 1 and parameter.stride(-1) == 1:
+        if parameter.dim() > 1 and parameter.is_contiguous():  # a stand-in is not
             parameter.data = parameter.data.to(dtype)

@@ -1,6 +1,6 @@
-"""A matrix to the nearest whole numbers: int8 by output channel, int4 by groups with the scale that loses least.
+"""A matrix to the nearest whole numbers: int8 by output or group, int4 by groups with the scale that loses least.
 
-Eight bits are plain: the largest weight of an output becomes ±127. Four bits are too few to give one of them to an
+Eight bits are plain: the largest weight becomes ±127. Four bits are too few to give one of them to an
 outlier, so that the scale of each group is searched: `SHRINKS` are tried in turn, each cutting off a little more of the
 largest weights for a finer grid below them, and for every candidate the values it leads to say which scale (and minimum)
 would have been the best for them, by least squares. The grid with the least squared error stays.
@@ -54,11 +54,15 @@ class Grid:
 
 
 @torch.no_grad()
-def round_int8(weight: torch.Tensor) -> QuantizedMatrix:
-    """weight (O, I): one scale for each output, max|w| / 127."""
-    weight = weight.float()
-    scales = (weight.abs().amax(dim=1, keepdim=True) / 127.0).clamp_(min=torch.finfo(torch.float32).tiny)
-    return QuantizedMatrix((weight / scales).round_().to(torch.int8), scales, None, 8)
+def round_int8(weight: torch.Tensor, group: int | None = None) -> QuantizedMatrix:
+    """weight (O, I): a scale, max|w| / 127, for each output, or for each `group` of its inputs."""
+    rows = weight.float().unflatten(1, (-1, group or weight.shape[1]))
+    scales = rows.abs().amax(dim=2, keepdim=True) / 127.0
+    if group:
+        scales = _in_half(scales * (1 + HALF.eps))  # rounded to float16, and never below what the largest weight needs
+    scales.clamp_(min=HALF.tiny if group else torch.finfo(torch.float32).tiny)
+    values = (rows / scales).round_().clamp_(-127, 127).to(torch.int8)
+    return QuantizedMatrix(values.flatten(1), scales[:, :, 0], None, 8)
 
 
 @torch.no_grad()

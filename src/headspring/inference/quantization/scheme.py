@@ -1,9 +1,13 @@
 """How weights become whole numbers, as a value; and by name, as a user says it.
 
     int8          8 bits, a scale for each output
+    int8-32       8 bits, a scale for each group of 32 inputs (or 64, 128)
     int4          4 bits, a scale for each group of 32 inputs, rounded to the nearest
     int4-gptq     the same grid, rounded so that the outputs on real text stay (GPTQ, arXiv 2210.17323)
     int4-64       groups of 64; int4-gptq-128 and so on
+
+Where weights have groups, so have the activations that they meet: a row of numbers with a few large ones among them, as
+trained transformers have, then loses its precision in one group and not everywhere.
 """
 
 import re
@@ -15,16 +19,19 @@ from headspring.artifacts import UserError
 from headspring.artifacts.value import Value
 
 Method = Literal["int8", "int4", "int4-gptq"]
-NAMES = "int8, int4, int4-gptq, or with a group as in int4-gptq-64 (32, 64 or 128)"
+NAMES = "int8, int4 or int4-gptq, or one with a group of 32, 64 or 128 inputs as in int4-gptq-64"
 _NAME = re.compile(r"(int8|int4(?:-gptq)?)(?:-(32|64|128))?")
+SIZES = (128, 64, 32, 16)
 
 
 class Quantization(Value):
-    """`group` inputs share a scale in 4 bits (and a minimum, where `minimum`); a matrix whose inputs it does not divide takes
-    the next smaller group that does. GPTQ reads `tokens` tokens of `calibration` (a text file; None: the embedded corpus)."""
+    """`group` inputs share a scale, and a minimum where `minimum` (4 bits only). None: all inputs of an output in 8 bits, 32 in
+    4. A matrix whose inputs the group does not divide takes the next smaller of 128, 64, 32, 16 that does.
+
+    GPTQ reads `tokens` tokens of `calibration` (a text file; None: the embedded corpus)."""
 
     method: Method = "int8"
-    group: Literal[32, 64, 128] = 32
+    group: Literal[32, 64, 128] | None = None
     minimum: bool = False
     calibration: str | None = None
     tokens: int = Field(16_384, gt=0)
@@ -34,8 +41,9 @@ class Quantization(Value):
         return 8 if self.method == "int8" else 4
 
     def group_for(self, inputs: int) -> int | None:
-        """The group of a matrix with so many inputs, or None where 4 bits do not fit."""
-        return next((group for group in (128, 64, 32, 16) if group <= self.group and inputs % group == 0), None)
+        """The group of a matrix with so many inputs; None where it has one scale for each output."""
+        most = self.group or (None if self.bits == 8 else 32)
+        return None if most is None else next((size for size in SIZES if size <= most and inputs % size == 0), None)
 
     @staticmethod
     def of(name: "str | Quantization") -> "Quantization":
@@ -43,6 +51,6 @@ class Quantization(Value):
         if isinstance(name, Quantization):
             return name
         found = _NAME.fullmatch(name)
-        if found is None or (found[1] == "int8" and found[2]):
+        if found is None:
             raise UserError(f"quantize={name!r} is unknown; use {NAMES}; or keep, for the blocks of a .gguf file")
-        return Quantization(method=found[1], group=int(found[2] or 32))  # type: ignore[arg-type]
+        return Quantization(method=found[1], group=int(found[2]) if found[2] else None)  # type: ignore[arg-type]

@@ -18,16 +18,18 @@ from headspring.artifacts.gguf import Entry, GgufFile, write_gguf
 from headspring.models.dialects import empty
 from headspring.models.dialects.gguf.blocks import FILE_TYPES, WRITTEN, Type, dtype_of, pack, read, type_for
 from headspring.models.dialects.gguf.families import ARCHITECTURE, FACTORS, GGUF_FAMILIES, TIED, GgufFamily
+from headspring.models.dialects.gguf.groups import keeps, read_groups
 from headspring.models.dialects.losses import distance, losses
 from headspring.models.dialects.rules import Rule, check_shapes, complete, their_shapes, to_ours, to_theirs
 from headspring.models.model import Model, ModelModule
+from headspring.models.quantized import QuantizedMatrix
 
 SHOWN = 3  # fields in an error
 QUANTIZATION_VERSION = 2  # of the block formats; GGML_QNT_VERSION of ggml
 OUTSIDE = ("token_embd.weight", "output.weight")
 STRETCH = "rope_freqs.weight"  # what `FACTORS` says
 
-__all__ = ["WRITTEN", "export_gguf", "import_gguf"]
+__all__ = ["WRITTEN", "export_gguf", "import_gguf", "read_gguf"]
 
 
 def import_gguf(path: str | Path, dtype: torch.dtype | None = None) -> ModelModule:
@@ -36,6 +38,14 @@ def import_gguf(path: str | Path, dtype: torch.dtype | None = None) -> ModelModu
     Raises `UserError` for an architecture, a setting or a number format that is not supported, `CorruptArtifact` for a
     damaged file. Sizes are compared with the file's before memory is taken for them.
     """
+    return read_gguf(path, dtype)[0]
+
+
+def read_gguf(
+    path: str | Path, dtype: torch.dtype | None = None, keep: bool = False
+) -> tuple[ModelModule, dict[str, QuantizedMatrix]]:
+    """`import_gguf`, and where `keep` the matrices that the file holds in blocks, by the name of their parameter, whose place in
+    the model NaN takes."""
     file = GgufFile(path)
     tensors = {name: info.shape for name, info in file.tensors.items()}
     try:
@@ -51,9 +61,26 @@ def import_gguf(path: str | Path, dtype: torch.dtype | None = None) -> ModelModu
     rules = list(family.rules(value))
     complete(rules, shapes)
     check_shapes(rules, shapes, tensors, str(file.path))
-    theirs = {name: read(file, name, dtype or dtype_of(file)) for name in tensors}
-    model.load_state_dict(to_ours(rules, theirs, shapes), assign=True)
-    return model
+    kept = [rule for rule in rules if keep and all(keeps(file, name) for name in rule.theirs)]
+    plain = [rule for rule in rules if rule not in kept]
+    theirs = {name: read(file, name, dtype or dtype_of(file)) for rule in plain for name in rule.theirs}
+    matrices = {name: matrix for rule in kept for name, matrix in _moved(rule, file, shapes)}
+    stand_ins = {name: torch.full((1,), torch.nan).expand(shapes[name]) for name in matrices}
+    model.load_state_dict({**to_ours(plain, theirs, shapes), **stand_ins}, assign=True)
+    return model, matrices
+
+
+def _moved(rule: Rule, file: GgufFile, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, QuantizedMatrix]]:
+    """The matrices of a rule in our order. Moves of this format permute and cut rows only, and scales belong to rows."""
+    (name,) = rule.theirs
+    matrix = read_groups(file, name)
+
+    def back(part: torch.Tensor) -> list[torch.Tensor]:
+        return rule.move.back([part], [(shapes[ours][0], part.shape[1]) for ours in rule.ours])
+
+    minimums = [None] * len(rule.ours) if matrix.minimums is None else back(matrix.minimums)
+    for ours, values, scales, minimum in zip(rule.ours, back(matrix.values), back(matrix.scales), minimums, strict=True):
+        yield ours, QuantizedMatrix(values.contiguous(), scales.contiguous(), minimum, matrix.bits)
 
 
 def export_gguf(

@@ -5,7 +5,7 @@ a few bits each, with one scale a block (Q8_0, Q4_0, Q5_0), a scale and a minimu
 K formats); reading one gives float32, exactly the value that the block says.
 
 The block formats are those of the `gguf` package, vectorised in numpy; the tests hold them against definitions written
-one value at a time. What this gives up: a quantized file is unpacked when it is loaded, and takes the memory of float32.
+one value at a time. What this gives up: unpacked here, a quantized file takes the memory of float32; `groups` keeps the blocks.
 """
 
 from collections.abc import Sequence
