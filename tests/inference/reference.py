@@ -3,7 +3,7 @@
 import torch
 
 from headspring.inference.generation import uniform_numbers
-from headspring.inference.sampling import RowParams, SamplingParams, sample
+from headspring.inference.sampling import RowParams, SamplingParams, log_probs_of_logits, pick
 
 
 @torch.no_grad()
@@ -23,9 +23,26 @@ def generate(lm, prompt: list[int], params: SamplingParams, answer: int = 0) -> 
         banned[0, lm.tokenizer.vocab_size :] = True
         if step < params.min_tokens:
             banned[0, list(ends)] = True
-        token, log_prob = sample(logits, RowParams.of([params], vocab), uniforms[step, None], seen, banned)
+        token, log_prob = sample(logits, params, uniforms[step, None], seen, banned)
         ids.append(token.item())
         log_probs.append(log_prob.item())
         if ids[-1] in ends and step >= params.min_tokens:
             break
     return ids[len(prompt) :], log_probs
+
+
+def sample(logits, params: SamplingParams, uniforms, seen=None, banned=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token for each row of logits (B, V), all with the same params, and its log-probability under the model itself. `seen`
+    and `banned` are (B, V) bool."""
+    adjusted = logits
+    if seen is not None:
+        adjusted = penalize(logits, seen, params.repetition_penalty)
+    if banned is not None:
+        adjusted = adjusted.masked_fill(banned, -torch.inf)
+    ids = pick(adjusted, RowParams.of([params] * len(logits), logits.shape[-1]), uniforms)
+    return ids, log_probs_of_logits(logits, ids)
+
+
+def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """CTRL's penalty: a seen token's logit is divided by it where positive, multiplied where negative."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

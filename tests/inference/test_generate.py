@@ -1,4 +1,4 @@
-"""The decode loop against a generator without cache and batch, and every identity that a caller relies on."""
+"""`generate` against a generator without cache and batch, and every identity that a caller relies on."""
 
 from dataclasses import replace
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from headspring.artifacts import HeadspringError, UserError
-from headspring.inference import Generation, LanguageModel, SamplingParams, decoding
-from headspring.models.state import State
+from headspring.inference import Generation, LanguageModel, SamplingParams
+from headspring.inference.engine.runner import RaggedRunner, Tables
 
 from .reference import generate as reference
 from .tiny import tiny_model
@@ -49,10 +49,10 @@ def test_batch_is_single(lm, options):
         assert same(lm.generate(prompt, max_tokens=16, **options), [one])
 
 
-def test_control_padding_that_is_not_masked_is_noticed(lm, monkeypatch):
+def test_control_another_sequences_pages_are_noticed(lm, monkeypatch):
     honest = [answer.token_ids for answer in lm.generate(PROMPTS, max_tokens=16, temperature=0.0)]
-    pad = decoding.pad_left
-    monkeypatch.setattr(decoding, "pad_left", lambda prompts, pad_id: (pad(prompts, pad_id)[0], None))
+    tables = Tables.of
+    monkeypatch.setattr(Tables, "of", lambda self, rows, device: tables(self, rows, device) * 0)
     assert [answer.token_ids for answer in lm.generate(PROMPTS, max_tokens=16, temperature=0.0)] != honest
 
 
@@ -71,16 +71,15 @@ def test_rows_that_finish_leave_the_batch_unharmed(lm):
         assert answer.token_ids == reference(lm, lm.prompt_ids(prompt), one)[0]
 
 
-def test_control_dropping_the_wrong_rows_is_noticed(lm, monkeypatch):
+def test_control_hidden_states_of_others_are_noticed(lm, monkeypatch):
     params = params_that_end_rows_early(lm)
     honest = [answer.token_ids for answer in lm.generate(PROMPTS, params)]
-    select = State.select
-    monkeypatch.setattr(State, "select", lambda state, rows: select(state, rows.flip(0)))
+    run = RaggedRunner.run
+    monkeypatch.setattr(RaggedRunner, "run", lambda runner, work: run(runner, work).flip(0))
     assert [answer.token_ids for answer in lm.generate(PROMPTS, params)] != honest
 
 
 def test_a_short_row_beside_a_long_one_gets_its_whole_context(lm):
-    """Padding fills the columns of the short rows before their own context ends."""
     prompts = [[5] * (lm.context - 3), [6] * 40, [7, 8]]
     options = {"max_tokens": 1000, "temperature": 0.0, "ignore_eos": True}
     answers = lm.generate(prompts, **options)
@@ -116,32 +115,30 @@ def test_several_answers_to_each_prompt_are_different_and_reproducible(lm):
     assert same(lm.generate("b", max_tokens=12, seed=1, n=4), answers[4:])
 
 
-def prefilled_rows(lm, monkeypatch, **options) -> tuple[list[Generation], int]:
-    """Several answers to each prompt, and how many rows the first forward pass had."""
-    shapes = []
-    with monkeypatch.context() as patch:
-        forward = type(lm.model).forward
-        patch.setattr(
-            type(lm.model), "forward", lambda model, ids, **more: (shapes.append(ids.shape), forward(model, ids, **more))[1]
-        )
-        return lm.generate(PROMPTS, n=4, max_tokens=12, **options), shapes[0][0]
+def answers_and_work(lm, **options) -> tuple[list[Generation], int]:
+    """Four answers to each prompt, and how many tokens went through the model."""
+    engine = lm.engine()
+    jobs = [engine.submit(lm.prompt_ids(prompt), SamplingParams(n=4, max_tokens=12, **options)) for prompt in PROMPTS]
+    engine.run()
+    return [answer for job in jobs for answer in job.generations], engine.stats().computed_tokens
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_a_prompt_asked_several_times_is_read_once(lm, monkeypatch, options):
     """The same samples as from copies of the prompt, each read by itself: the law of the answers is untouched."""
-    shared, rows = prefilled_rows(lm, monkeypatch, **options)
-    monkeypatch.setattr(decoding, "distinct", lambda prompts: (prompts, torch.arange(len(prompts))))
-    alone, all_rows = prefilled_rows(lm, monkeypatch, **options)
-    assert (rows, all_rows) == (len(PROMPTS), 4 * len(PROMPTS))
-    assert same(shared, alone)
+    shared, tokens = answers_and_work(lm, **options)
+    written = sum(len(answer.token_ids) - 1 for answer in shared)  # the last token of an answer is never read
+    assert tokens == sum(len(lm.prompt_ids(prompt)) for prompt in PROMPTS) + written
+    for prompt, place in zip(PROMPTS, range(0, len(shared), 4), strict=True):
+        for answer in range(4):
+            ids, _ = reference(lm, lm.prompt_ids(prompt), SamplingParams(max_tokens=12, **options), answer)
+            assert shared[place + answer].token_ids == ids
 
 
-def test_control_answers_from_another_prompts_state_are_noticed(lm, monkeypatch):
-    honest, _ = prefilled_rows(lm, monkeypatch, seed=5)
-    find = decoding.distinct
-    monkeypatch.setattr(decoding, "distinct", lambda prompts: (find(prompts)[0], find(prompts)[1].flip(0)))
-    assert not same(prefilled_rows(lm, monkeypatch, seed=5)[0], honest)
+def test_control_pages_that_are_not_copied_for_a_fork_are_noticed(lm, monkeypatch):
+    honest, _ = answers_and_work(lm, seed=5)
+    monkeypatch.setattr(RaggedRunner, "copy", lambda runner, copies: None)
+    assert not same(answers_and_work(lm, seed=5)[0], honest)
 
 
 def test_returned_log_probs_are_the_rescored_ones(lm):

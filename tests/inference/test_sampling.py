@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from headspring.artifacts import UserError
-from headspring.inference.sampling import RowParams, SamplingParams, draw, filtered, penalize, sample
+from headspring.inference.adjusting import adjust
+from headspring.inference.generation import Request
+from headspring.inference.one_row import draw_one, threshold_of
+from headspring.inference.sampling import RowParams, SamplingParams, draw, filtered, pick
+
+from .reference import penalize, sample
 
 VOCAB = 600
 
@@ -73,7 +78,7 @@ def test_alone_is_the_reference(options):
     mask = torch.zeros(1, VOCAB, dtype=torch.bool)
     mask[0, list(seen)] = True
     rows = rows_of([params])
-    adjusted = penalize(logits, mask, rows.penalty) / rows.temperature
+    adjusted = penalize(logits, mask, params.repetition_penalty) / rows.temperature
     found = filtered(adjusted, rows).softmax(-1)[0]
     torch.testing.assert_close(found, torch.tensor(slow_probabilities(logits[0], params, seen)), atol=1e-6, rtol=1e-4)
 
@@ -109,9 +114,52 @@ def test_same_as_transformers():
     params = SamplingParams(repetition_penalty=1.3, temperature=0.8, top_k=60, top_p=0.9, min_p=0.01)
     rows = rows_of([params] * 4)
     seen = torch.zeros(4, VOCAB, dtype=torch.bool).scatter_(1, history, True)
-    ours = filtered(penalize(logits, seen, rows.penalty) / rows.temperature, rows)
+    ours = filtered(penalize(logits, seen, 1.3) / rows.temperature, rows)
     torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), atol=1e-6, rtol=1e-5)
     assert torch.equal(ours == -torch.inf, theirs == -torch.inf)
+
+
+class Named:
+    """As much of a tokenizer as a request needs that asks for no text."""
+
+    vocab_size = VOCAB
+
+    def stream(self):
+        return None
+
+
+def test_bias_and_early_stops_are_those_of_transformers():
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits, prompt, written, stops = make_logits(1, seed=3), [3, 4, 5], [9, 9], [7, 8]
+    ids = torch.tensor([prompt + written])
+    theirs = processors.SequenceBiasLogitsProcessor({(11,): 2.5, (12,): -4.0})(ids, logits.clone())
+    theirs = processors.MinNewTokensLengthLogitsProcessor(len(prompt), 3, stops)(ids, theirs)
+    params = SamplingParams(logit_bias={11: 2.5, 12: -4.0}, min_tokens=3)
+    request = Request(Named(), prompt, params, context=20, end_ids=stops)
+    for token in written:
+        request.accept(token, 0.0)
+    ours = logits.clone()
+    adjust(ours, request, ())
+    assert torch.equal(ours, theirs)
+    request.accept(9, 0.0)  # three tokens are enough
+    ours = logits.clone()
+    adjust(ours, request, ())
+    assert torch.isfinite(ours[0, stops]).all()
+
+
+def test_penalties_of_presence_and_frequency_look_at_the_answer_alone():
+    """OpenAI's formula: logit − count · frequency_penalty − [count > 0] · presence_penalty."""
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.25)
+    request, logits = Request(Named(), [3, 4], params, context=20), make_logits(1, seed=4).abs() + 1
+    for token in (5, 5, 3):
+        request.accept(token, 0.0)
+    ours = logits.clone()
+    adjust(ours, request, ())
+    expected = logits[0].clone()
+    expected[[3, 4, 5]] /= 1.25
+    expected[5] -= 2 * 0.25 + 0.5
+    expected[3] -= 0.25 + 0.5
+    torch.testing.assert_close(ours[0], expected)
 
 
 def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
@@ -149,23 +197,46 @@ def test_the_ends_of_the_unit_interval_are_possible_tokens():
 
 def test_greedy_rows_beside_drawn_ones():
     logits, rows = make_logits(2, seed=7), rows_of([SamplingParams(temperature=0), SamplingParams()])
-    ids, log_probs = sample(logits, rows, torch.tensor([0.9, 0.0], dtype=torch.float64))
+    ids = pick(logits, rows, torch.tensor([0.9, 0.0], dtype=torch.float64))
     assert ids.tolist() == [logits[0].argmax().item(), 0]
-    torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("scale", [0.05, 3.0, 30.0])
+@pytest.mark.parametrize("options", [*GRID, {"top_p": 0.99, "top_k": 3000}, {"temperature": 5.0, "min_p": 0.5}], ids=str)
+def test_row_by_row_is_the_definition(options, scale):
+    """What runs on a CPU keeps the tokens that the filters keep, and draws the ones that `draw` draws. Wide enough that the mass
+    of the first few thousand tokens is not always that of the nucleus."""
+    vocab = 12_000
+    params, logits = SamplingParams(**options), make_logits(1, seed=11, scale=scale, vocab=vocab)
+    logits[0, 100:200] = logits[0, 50]  # ties
+    logits[0, 300:400] = -torch.inf
+    rows = rows_of([params], vocab)
+    scaled = (logits - logits.amax()) / rows.temperature
+    expected = filtered(scaled, rows)
+    kept = scaled[0].numpy() >= threshold_of(scaled[0].numpy(), params)
+    assert (kept | ~torch.isfinite(scaled[0]).numpy()).tolist() == (
+        torch.isfinite(expected[0]) | ~torch.isfinite(scaled[0])
+    ).tolist()
+    uniforms = torch.rand(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ids = [draw_one(logits[0].numpy(), params, uniform) for uniform in [*uniforms.tolist(), 0.0, 1 - 2**-53]]
+    uniforms = torch.cat([uniforms, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)])
+    same = draw(expected.expand(len(ids), -1), uniforms).tolist()
+    # float32 exponentials differ in their last bit between the libraries, so that a number beside an edge may fall on either side
+    assert sum(a != b for a, b in zip(ids, same)) <= 1
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-60])
 def test_a_tiny_temperature_is_greedy(temperature):
     logits = make_logits(3, seed=10, scale=30.0)
     uniforms = torch.tensor([0.0, 0.5, 0.999], dtype=torch.float64)
-    ids, _ = sample(logits, rows_of([SamplingParams(temperature=temperature, top_p=0.9)] * 3), uniforms)
+    ids, _ = sample(logits, SamplingParams(temperature=temperature, top_p=0.9), uniforms)
     assert torch.equal(ids, logits.argmax(-1))
 
 
 def test_log_probs_are_the_models_own():
     logits, params = make_logits(1, seed=8), SamplingParams(temperature=0.3, top_k=3, repetition_penalty=2.0)
     seen = torch.ones(1, VOCAB, dtype=torch.bool)
-    ids, log_probs = sample(logits, rows_of([params]), torch.tensor([0.5], dtype=torch.float64), seen)
+    ids, log_probs = sample(logits, params, torch.tensor([0.5], dtype=torch.float64), seen)
     torch.testing.assert_close(log_probs, logits.log_softmax(-1)[0, ids])
 
 
@@ -173,7 +244,7 @@ def test_banned_tokens_do_not_come():
     logits = make_logits(1, seed=9)
     banned = torch.zeros_like(logits, dtype=torch.bool)
     banned[0, logits.argmax()] = True
-    ids, _ = sample(logits, rows_of([SamplingParams(temperature=0)]), torch.zeros(1), banned=banned)
+    ids, _ = sample(logits, SamplingParams(temperature=0), torch.zeros(1), banned=banned)
     assert ids.item() == logits.topk(2).indices[0, 1]
 
 
@@ -192,6 +263,22 @@ def test_banned_tokens_do_not_come():
         ({"seed": -3}, "seed"),
         ({"max_token": 3}, "did you mean max_tokens"),
         ({"zzz": 3}, "unknown sampling option zzz"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {3: float("inf")}}, "logit_bias"),
+        ({"logprobs": -2}, "logprobs"),
+        ({"prompt_logprobs": "most"}, "prompt_logprobs"),
+        ({"n": 3, "best_of": 2}, "n=3 answers"),
+        ({"best_of": 3, "temperature": 0}, "leave best_of out"),
+        ({"n": 3, "beam_width": 2}, "n=3 answers"),
+        ({"beam_width": 2, "temperature": 0.7}, "leave temperature out"),
+        ({"beam_width": 2, "top_k": 5}, "leave top_k"),
+        ({"beam_width": 2, "best_of": 2}, "leave best_of out"),
+        ({"beam_width": 2, "seed": 2}, "leave seed out"),
+        ({"beam_width": 2, "stop": "a"}, "stop_token_ids"),
+        ({"length_penalty": 0.5}, "give beam_width"),
+        ({"early_stopping": True}, "give beam_width"),
     ],
     ids=str,
 )

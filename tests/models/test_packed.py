@@ -10,7 +10,7 @@ from headspring.models.packed import PackedMatrix
 needs_products = pytest.mark.skipif(
     native.library() is None or not native.library().has_packed_products, reason="no native products with packed weights here"
 )
-SHAPES = ((32, 64), (70, 128), (33, 192), (96, 576))  # outputs, inputs
+SHAPES = ((32, 64), (70, 256), (33, 192))  # outputs, inputs
 
 
 def integers(low: int, high: int, shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
@@ -129,7 +129,7 @@ def row_by_row(multiply, x: torch.Tensor) -> bool:
 @pytest.mark.parametrize("set_name", ["native", "vector"])
 def test_a_row_does_not_depend_on_its_company(shape, set_name, monkeypatch):
     monkeypatch.setenv("HEADSPRING_KERNELS", set_name)
-    x = numbers(513, shape[1], seed=4).bfloat16()
+    x = numbers(130, shape[1], seed=4).bfloat16()
     for kind, matrix in every_kind(shape).items():
         assert row_by_row(lambda rows, matrix=matrix: kernels.product(rows, matrix), x), kind
 
@@ -143,7 +143,7 @@ def test_the_check_on_company_sees_another_order_of_sums():
         halves = x.double()[:, :256] @ w[:, :256].T, x.double()[:, 256:] @ w[:, 256:].T
         return halves[0].float() + halves[1].float() if len(x) < 8 else (halves[0] + halves[1]).float()
 
-    assert not row_by_row(split, numbers(513, 512, seed=4))
+    assert not row_by_row(split, numbers(130, 512, seed=4))
 
 
 @needs_products
@@ -180,7 +180,7 @@ def test_a_poisoned_row_stays_alone(poison, kernel_set):
         assert poison == float("inf") or found[3].isnan().all(), kind
 
 
-def test_rows_of_nothing_give_the_minimums_share(kernel_set):
+def test_rows_of_zeros_and_no_rows_at_all(kernel_set):
     for kind, matrix in every_kind((70, 128)).items():
         assert torch.equal(kernels.product(torch.zeros(3, 128).bfloat16(), matrix), torch.zeros(3, 70).bfloat16()), kind
         assert kernels.product(torch.zeros(0, 128).bfloat16(), matrix).shape == (0, 70)

@@ -57,7 +57,7 @@ def test_frozen_weights_get_no_gradient():
 
 
 def build(**choices) -> torch.nn.Module:
-    block = Block(mixer=Attention(heads=4, kv_heads=2, bias=choices.pop("bias", False)), feedforward=SwiGLU(hidden=96))
+    block = Block(mixer=Attention(heads=4, kv_heads=2, head_dim=32, bias=choices.pop("bias", False)), feedforward=SwiGLU(hidden=96))
     model = Decoder(vocab=101, width=64, context=64, layers=repeat(2, block), **choices).build(seed=1)
     with torch.no_grad():  # matrices that start as nothing would hide half of the model
         for parameter in model.parameters():
@@ -78,12 +78,12 @@ def test_a_packed_model_gives_the_same_bits(choices):
     with torch.no_grad():
         logits, scores = model.logits(trained), log_probs(model, trained, TOKENS)
         packed.pack_model(model)
-        assert model.layers[0].mixer.q.joined is not None, "q, k and v are one product"
+        assert model.layers[0].mixer.f.q.joined is not None, "q, k and v are one product"
         assert torch.equal(model(TOKENS), trained)
         assert torch.equal(model(TOKENS[:1, :3]), trained[:1, :3])
         assert torch.equal(model.logits(trained), logits) and torch.equal(log_probs(model, trained, TOKENS), scores)
         packed.unpack_model(model)
-        assert model.layers[0].mixer.q.packed is None
+        assert model.layers[0].mixer.f.q.packed is None
         assert torch.equal(model(TOKENS), trained)
 
 
@@ -94,7 +94,7 @@ def test_int8_is_near():
         packed.pack_model(model, "int8")
         after = model.logits(model(TOKENS))
     assert not torch.equal(before, after)
-    assert (before - after).norm() / before.norm() < 0.03
+    assert (before - after).norm() / before.norm() < 0.06
 
 
 @needs_products
@@ -108,15 +108,39 @@ def test_the_evaluator_scores_as_the_trainer():
         assert torch.equal(cross_entropy_sum(model, hidden, TOKENS), loss.detach())
 
 
-def test_a_packed_model_is_not_trained():
+def test_a_packed_model_drops_its_matrices_where_it_learns():
     model = build()
+    expected = model(TOKENS)
     packed.pack_model(model)
-    with pytest.raises(UserError, match="unpack_model"):
+    assert torch.equal(model(TOKENS), expected)
+    assert all(part.packed is None for part in packed.packable(model).values())
+    cross_entropy_sum(model, model(TOKENS), TOKENS).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_quantized_model_is_not_trained():
+    model = build()
+    packed.pack_model(model, "int8")
+    with pytest.raises(UserError, match="load it again"):
         model(TOKENS)
     with torch.no_grad():
         hidden = model(TOKENS)
-    with pytest.raises(UserError, match="unpack_model"):
+    with pytest.raises(UserError, match="load it again"):
         cross_entropy_sum(model, hidden, TOKENS)
+
+
+@needs_products
+def test_weights_that_changed_are_packed_anew():
+    model = build()
+    packed.pack_for_serving(model)
+    with torch.no_grad():
+        before = model(TOKENS)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        packed.pack_for_serving(model)
+        after = model(TOKENS)
+        packed.unpack_model(model)
+        assert torch.equal(model(TOKENS), after) and not torch.equal(before, after)
 
 
 def test_released_weights_are_gone_and_the_model_says_so(tmp_path):
@@ -124,7 +148,7 @@ def test_released_weights_are_gone_and_the_model_says_so(tmp_path):
     with torch.no_grad():
         kept = model(TOKENS)
         packed.pack_model(model, release=True)
-        weight = model.layers[0].feedforward.out.weight
+        weight = model.layers[0].feedforward.f.out.weight
         assert weight.shape == (64, 96) and weight.untyped_storage().nbytes() == 4
         assert (model(TOKENS) - kept).norm() / kept.norm() < 0.02
     assert model.num_parameters() == build().num_parameters()

@@ -5,13 +5,17 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+import torch
 
 from headspring.inference import LanguageModel
 from headspring.inference.engine import EngineConfig
+from headspring.models.audio import Sound
+from headspring.models.multimodal import Multimodal
+from headspring.models.vision import Vision
 from headspring.serving import ServerConfig, create_app
 from headspring.tokenization.tokenizer import Tokenizer
 from headspring.tokenization.train import TokenizerConfig, train_tokenizer
-from tests.inference.tiny import TEXT, tiny_model
+from tests.inference.tiny import TEXT, tiny_decoder, tiny_model
 
 ENGINE = EngineConfig(memory=4 << 20, max_sequences=8, chunk=32, debug=True)
 
@@ -62,4 +66,20 @@ def running(models, config=None, engine=ENGINE, headers=None):
 @pytest.fixture(scope="session")
 def client(lm):
     with running({"tiny": lm}) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def seeing(tokenizer):
+    """A server of a model that looks at pictures of 8 × 8 and hears sounds."""
+    towers = {
+        "image": Vision(placeholder=5, height=8, columns=8, patch=4, width=16),
+        "sound": Sound(placeholder=6, samples=1024, bands=8, width=16),
+    }
+    value = Multimodal(decoder=tiny_decoder(tokenizer.vocab_size), towers=towers)
+    model = value.build(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    with running({"tiny": LanguageModel(model, tokenizer, kind="sft")}) as made:
         yield made

@@ -4,11 +4,11 @@
     every so often: everything ends, and nothing may be left
 
 The engine, its scheduler, cache and sampler and the loop and sessions of the server are the real ones; only the model is a
-stand-in. It answers by a checksum of the tokens that its *pages* hold, so that a page given to the wrong sequence, shared with a
-wrong prefix or not recomputed gives a wrong token, and it is a thousand times faster than a model.
+stand-in. It answers by a checksum of the tokens that its *pages* hold, so that a page given to the wrong sequence, shared with
+a wrong prefix or not recomputed gives a wrong token, and it is a thousand times faster than a model.
 
 What must hold, whatever happens:
-- each session ends exactly once, and nothing comes after its end;
+- each session ends exactly once, and nothing comes after its end; who leaves is not served for another turn;
 - a finished answer is, token by token, the one that the request gets alone in an empty world; a cut one is its beginning;
 - only what was broken fails: a poisoned request always, a neighbour only in a step whose bookkeeping raised;
 - when all is over, no page is held, no job known, no sequence scheduled, and the counters add up.
@@ -113,7 +113,7 @@ class Kind:
     def __init__(self, world: "World", draw: random.Random):
         shared = [draw.randrange(3, 60) for _ in range(70)]
         length = draw.choice((1, 5, 31, 32, 33, 64, 70))
-        self.prompt = shared[:length] if draw.random() < 0.5 else world.common[:length] + [draw.randrange(60)]
+        self.prompt = shared[:length] if draw.random() < 0.5 else [*world.common[:length], draw.randrange(60)]
         answers = draw.choice((1, 1, 1, 2, 3))
         options = {"temperature": draw.choice((0.0, 1.0)), "seed": draw.randrange(99), "n": answers}
         if options["temperature"] and draw.random() < 0.2:
@@ -134,6 +134,15 @@ class Kind:
             hidden = torch.tensor([[world.model.hidden(self.prompt + request.token_ids)]])
             assert sampler.sample([request], world.model.logits(hidden)) == [None]
         return request.generation()
+
+
+class Watched(Session):
+    """A session whose job, once it is one, may be poisoned."""
+
+    def accept(self, job):
+        super().accept(job)
+        if self.poison is not None:
+            self.runner.poisoned[job.number] = self.poison
 
 
 class Client:
@@ -232,21 +241,16 @@ class World:
 
     def _submit(self) -> None:
         kind = self.draw.choice(self.kinds)
-        session = Session(lambda: None, self.clock, LAG, streamed=True)
         poison = self.draw.choice(("raises", "nan")) if self.faults and self.draw.random() < 0.02 else None
+        session = Watched(lambda: None, self.clock, LAG, streamed=True)
+        session.runner, session.poison = self.runner, poison
         pace = self.draw.choice((1.0, 1.0, 0.3, 0.05, 0.0))
         client = Client(kind, session, pace, self.draw.choice((None, None, None, 0, 1, 7)), poison)
         self.clients.append(client)
         timeout = self.draw.choice((None, 0.0, 1.0, 60.0))
         options = {"timeout": timeout, "priority": self.draw.choice((0, 0, 1)), "key": self.draw.choice(("", "a", "b"))}
-
-        def make():
-            if poison is not None:
-                self.runner.poisoned[self.engine.counts["submitted"]] = poison
-            return {}
-
         prompt = kind.prompt if self.draw.random() < 0.98 else [7] * CONTEXT  # which can never be answered
-        self.loop.submit(NAME, session, prompt, kind.params, make=make, **options)
+        self.loop.submit(NAME, session, prompt, kind.params, **options)
 
     def _read(self) -> None:
         for client in self.clients:
@@ -262,7 +266,9 @@ class World:
     def _turn(self) -> None:
         self.clock.now += 0.001
         armed = self.armed_allocation
+        leaving = [client.session for client in self.clients if client.session.reason is not None]
         self.loop.tick()
+        assert all(session.end_as is not None for session in leaving), "somebody left, and is still served"
         if armed and not self.armed_allocation:  # the bookkeeping of this step raised: all that it held may fail
             for client in self.clients:
                 client.may_fail |= client.session.ended == self.clock.now

@@ -29,6 +29,9 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 Stop = Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Quantize = Annotated[
+    str, typer.Option(help="int8, int4, int4-gptq, …; keep: a .gguf file's blocks; none: floats; auto: keep where that is fast.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 HIDDEN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -57,6 +60,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print text, ids and speed as JSON.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = "auto",
     revision: Revision = None,
 ) -> None:
     """Continue a prompt."""
@@ -64,7 +68,7 @@ def generate(
         raise UserError("--logprobs needs --json to show them")
     options = _sampling(locals())
     text = _read_stdin() if prompt == "-" else prompt
-    lm = _load(model, device, dtype, revision)
+    lm = _load(model, device, dtype, quantize, revision)
     if as_json:
         report = _report(lm, model, text, n=n, logprobs=logprobs, **options)
         typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
@@ -88,11 +92,12 @@ def chat(
     stop: Stop = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = "auto",
     revision: Revision = None,
 ) -> None:
     """Talk with a model, a line a turn. /reset starts again, /quit (or the end of input) leaves."""
     options = _sampling(locals())
-    lm = _load(model, device, dtype, revision)
+    lm = _load(model, device, dtype, quantize, revision)
     if lm.is_base:
         _note("this is a base model, never trained on conversations: expect a continuation, not an answer")
         warnings.simplefilter("ignore")
@@ -121,10 +126,11 @@ def _sampling(given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _load(model: str, device: str, dtype: str, revision: str | None) -> "LanguageModel":
+def _load(model: str, device: str, dtype: str, quantize: str, revision: str | None) -> "LanguageModel":
     from headspring.inference import LanguageModel
 
-    return LanguageModel.load(model, device=device, dtype=dtype, revision=revision)
+    how = None if quantize == "none" else quantize
+    return LanguageModel.load(model, device=device, dtype=dtype, quantize=how, revision=revision)
 
 
 def _report(lm: "LanguageModel", model: str, prompt: str, **options: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from headspring.artifacts.errors import UserError
+from headspring.cli.generate import Device, Dtype, Quantize
 
 VARIABLE = "HEADSPRING_API_KEY"
 
@@ -28,9 +29,9 @@ def serve(
     max_sequences: Annotated[int, typer.Option(help="Answers that run together.")] = 64,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; then 429.")] = 256,
     drain_seconds: Annotated[float, typer.Option(help="What runs may finish for so long after SIGTERM.")] = 30.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
-    quantize: Annotated[str | None, typer.Option(help="Weights in fewer bits; docs/quantization.md lists them.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = "auto",
 ) -> None:
     """Serve models behind OpenAI's API."""
     places = named(models)
@@ -61,7 +62,7 @@ def serve(
     loaded = {}
     for name, place in places.items():
         _refuse_adapter(place)
-        loaded[name] = LanguageModel.load(place, device=device, dtype=dtype, quantize=quantize)
+        loaded[name] = LanguageModel.load(place, device=device, dtype=dtype, quantize=None if quantize == "none" else quantize)
     run(loaded, config, engine)
 
 

@@ -1,4 +1,4 @@
-"""One model, three ways to write it down: Hugging Face's layout, Headspring's own, and GGUF.
+"""One model, three ways to write it down: Hugging Face's layout, Headspring's own (whole numbers too), and GGUF.
 
 Whatever the source is, it is loaded as it would be for generating, and written by the format's own module, so that a
 conversion is no third reading of any format. A format without words for the model refuses it and names the fields.
@@ -16,6 +16,11 @@ from headspring.artifacts import HeadspringError, UserError
 from headspring.artifacts.files import folder_atomic
 from headspring.inference.language_model import LanguageModel
 from headspring.inference.loading import ALIASES, DTYPES, is_gguf
+from headspring.inference.quantization.calibration import embedded_texts, token_rows
+from headspring.inference.quantization.folder import save_quantized
+from headspring.inference.quantization.installing import restore
+from headspring.inference.quantization.report import report
+from headspring.inference.quantization.scheme import Quantization
 from headspring.models import save_model
 from headspring.models.dialects import export_huggingface, expresses
 from headspring.models.dialects.gguf import WRITTEN, export_gguf
@@ -31,22 +36,32 @@ def convert(
     dtype: str | None = None,
     force: bool = False,
     revision: str | None = None,
+    quantize: str | Quantization | None = None,
+    held_out: int = 0,
 ) -> dict[str, Any]:
     """Write the model at `source`, with its tokenizer, as the folder or `.gguf` file `target`; returns what was written.
 
     `to` is by default what the target's name says: `gguf`, or else `huggingface`. `dtype` None keeps the precision the
-    weights are stored in (float32 for quantized ones). Raises `UserError` for a target that exists (unless `force`: then
-    an older model there is replaced), and for what the format cannot say.
+    weights are stored in (float32 for quantized ones). `quantize` writes a native folder of whole numbers, and with them a
+    report (`quantization.report`) over `held_out` tokens of the embedded corpus, where there are any. Raises `UserError` for a
+    target that exists (unless `force`: then an older model there is replaced), and for what the format cannot say.
     """
     start, target = time.perf_counter(), Path(target).expanduser()
-    form, precision = _format(target, to), None if dtype is None else ALIASES.get(dtype, dtype)
+    form, precision = _format(target, to or (None if quantize is None or is_gguf(target) else "native")), ALIASES.get(dtype or "", dtype)
+    if quantize is not None and (form != "native" or dtype is not None):
+        raise UserError("quantize writes a native folder of whole numbers: leave --dtype out, and --to or say native")
     _check_dtype(form, precision)
     _check_target(target, source, force)
     lm = LanguageModel.load(source, device="cpu", revision=revision)
     if precision in ("float16", "f16"):
         _check_range(lm)
     try:
-        said = _write_gguf(lm, target, precision, str(source)) if form == "gguf" else _write_folder(lm, target, form, precision)
+        if quantize is not None:
+            said = _write_quantized(lm, target, quantize, held_out)
+        elif form == "gguf":
+            said = _write_gguf(_floats(lm), target, precision, str(source))
+        else:
+            said = _write_folder(_floats(lm), target, form, precision)
     except OSError as error:
         raise HeadspringError(f"{target}: cannot be written ({error.strerror or error})") from error
     files = [target] if target.is_file() else [file for file in target.rglob("*") if file.is_file()]
@@ -59,6 +74,29 @@ def convert(
         "bytes": sum(file.stat().st_size for file in files),
         "seconds": time.perf_counter() - start,
     }
+
+
+def _floats(lm: LanguageModel) -> LanguageModel:
+    """The model with what its whole numbers mean, in float32, where it has whole numbers."""
+    if lm.model.released:
+        restore(lm.model)
+    return lm
+
+
+def _write_quantized(lm: LanguageModel, target: Path, how: str | Quantization, held_out: int) -> dict[str, Any]:
+    if lm.folder is None or lm.model.released:
+        raise UserError("this model is quantized already; convert the floats it was made from")
+    quantized = LanguageModel.load(lm.folder, device="cpu", quantize=how)
+    scheme = how if isinstance(how, str) else how.name
+    about: dict[str, Any] = {"scheme": scheme}
+    if held_out:
+        rows = token_rows(lm.tokenizer, embedded_texts("held_out"), held_out, lm.context)
+        about |= report(lm.model, quantized.model, lm.tokenizer, rows, scheme).as_dict()
+    with folder_atomic(target) as folder:
+        save_quantized(quantized.model, folder, about)
+        lm.tokenizer.save(folder)
+    architecture = type(lm.config).__name__
+    return {"architecture": architecture, "dtype": scheme, "tokenizer": "tokenizer.json", "quantization": about}
 
 
 def _write_gguf(lm: LanguageModel, target: Path, dtype: str | None, name: str) -> dict[str, Any]:

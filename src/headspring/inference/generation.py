@@ -4,7 +4,7 @@ import hashlib
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from headspring.inference.sampling_params import SamplingParams
 from headspring.inference.structured import Matcher, compile_structured
 from headspring.inference.text_stream import TextStream
 from headspring.tokenization.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from headspring.inference.inspection import Seen
 
 FinishReason = Literal["stop", "length"]
 
@@ -28,7 +31,7 @@ class Generation:
     temperature, penalty and filters; `top_logprobs[i]` maps the most likely ids to theirs, where asked for (one tensor a
     token behind it where all are).
     `finish_reason`: "stop" for a stop token or string, "length" for `max_tokens` or the end of the context.
-    `prompt_token_ids` are those of the source where an encoder–decoder answers."""
+    `prompt_token_ids` are those of the source where an encoder–decoder answers. `seen` is what an inspection asked to see."""
 
     text: str
     token_ids: list[int]
@@ -36,6 +39,7 @@ class Generation:
     finish_reason: FinishReason
     prompt_token_ids: list[int] = field(repr=False)
     top_logprobs: list[Mapping[int, float]] | None = field(default=None, repr=False)
+    seen: "Seen | None" = field(default=None, repr=False)
 
 
 def most_probable(answers: Sequence[Generation], count: int) -> list[Generation]:

@@ -46,6 +46,8 @@ def split(model: ModelModule, mesh: DeviceMesh) -> ModelModule:
 
     Raises `UserError`, before anything is changed, where a part cannot be divided."""
     count = mesh.size()
+    if any(isinstance(module, Linear) and module.packed is not None for module in model.modules()):
+        raise UserError("packed weights cannot be divided: split the model first, then pack it")
     plan: dict[str, ParallelStyle] = {}
     for name, module in model.named_modules():
         if isinstance(module, AttentionModule):

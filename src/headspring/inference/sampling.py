@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headspring.inference.one_row import draw_one
 from headspring.inference.sampling_params import ALL, SamplingParams
 from headspring.models.scoring import log_probs_of_logits
 
@@ -32,18 +33,17 @@ __all__ = ["SamplingParams", "log_probs_of_logits"]  # found here too
 class RowParams:
     """The settings of B rows as columns (B, 1), and which of them matter to any row."""
 
+    params: Sequence[SamplingParams]
     temperature: Tensor  # float32; 1 where the row is greedy
     greedy: Tensor  # (B,) bool
     top_k: Tensor  # int64; the vocabulary's size where off
     top_p: Tensor  # float32
     min_p: Tensor  # float32
-    penalty: Tensor  # float32
     any_greedy: bool
     any_drawn: bool
     any_top_k: bool
     any_top_p: bool
     any_min_p: bool
-    any_penalty: bool
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab: int, device: torch.device | str = "cpu") -> "RowParams":
@@ -53,47 +53,40 @@ class RowParams:
         greedy = [row.temperature == 0 for row in params]
         drawn = [row for row in params if row.temperature > 0]
         return cls(
+            params=params,
             temperature=column([max(row.temperature, 1e-30) if row.temperature else 1.0 for row in params]),
             greedy=torch.tensor(greedy, device=device),
             top_k=column([min(row.top_k or vocab, vocab) for row in params], torch.int64),
             top_p=column([row.top_p for row in params]),
             min_p=column([row.min_p for row in params]),
-            penalty=column([row.repetition_penalty for row in params]),
             any_greedy=any(greedy),
             any_drawn=bool(drawn),
             any_top_k=any((row.top_k or vocab) < vocab for row in drawn),
             any_top_p=any(row.top_p < 1 for row in drawn),
             any_min_p=any(row.min_p > 0 for row in drawn),
-            any_penalty=any(row.repetition_penalty != 1 for row in params),
         )
-
-
-def sample(
-    logits: Tensor, rows: RowParams, uniforms: Tensor, seen: Tensor | None = None, banned: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """One token for every row.
-
-    logits (B, V) float32; uniforms (B,) float64 in [0, 1), one fresh number a row; seen (B, V) bool, the tokens of the
-    row's prompt and answer so far, needed where `rows.any_penalty`; banned (B, V) bool, tokens that must not come.
-    Returns ids (B,) int64 and their log-probabilities (B,) float32 under the model itself, before all of that."""
-    adjusted = logits
-    if rows.any_penalty:
-        assert seen is not None, "a repetition penalty needs to know what was seen"
-        adjusted = penalize(logits, seen, rows.penalty)
-    if banned is not None:
-        adjusted = adjusted.masked_fill(banned, -torch.inf)
-    ids = pick(adjusted, rows, uniforms)
-    return ids, log_probs_of_logits(logits, ids)
 
 
 def pick(logits: Tensor, rows: RowParams, uniforms: Tensor) -> Tensor:
     """ids (B,) int64 for logits (B, V) float32, adjusted already, and uniforms (B,) float64 in [0, 1)."""
     if not rows.any_drawn:
         return best(logits)
+    if logits.device.type == "cpu":
+        return _pick_each(logits, rows, uniforms)
     # The best logit at 0: a tiny temperature then sends the others to −inf, and not the best to +inf.
     scaled = (logits - logits.amax(-1, keepdim=True)) / rows.temperature
     ids = draw(filtered(scaled, rows), uniforms)
     return torch.where(rows.greedy, best(logits), ids) if rows.any_greedy else ids
+
+
+def _pick_each(logits: Tensor, rows: RowParams, uniforms: Tensor) -> Tensor:
+    """The same, row by row."""
+    ids = best(logits) if rows.any_greedy else torch.empty(len(logits), dtype=torch.int64)
+    table, numbers = logits.numpy(), uniforms.tolist()
+    for row, params in enumerate(rows.params):
+        if params.temperature > 0:
+            ids[row] = draw_one(table[row], params, numbers[row])
+    return ids
 
 
 def best(logits: Tensor) -> Tensor:
@@ -105,8 +98,8 @@ def best(logits: Tensor) -> Tensor:
 
 def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` most likely tokens of each row under the model itself, ids and log-probabilities (B, count)."""
-    values, ids = logits.topk(count)
-    return ids, values - logits.logsumexp(-1, keepdim=True)
+    ids = logits.topk(count).indices
+    return ids, log_distribution(logits).gather(-1, ids)
 
 
 def log_distribution(logits: Tensor) -> Tensor:
@@ -149,11 +142,6 @@ def tops_of(
         if token in top:
             top[token] = log_prob
     return tops
-
-
-def penalize(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
-    """CTRL's penalty: a seen token's logit is divided by it where positive, multiplied where negative."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filtered(logits: Tensor, rows: RowParams) -> Tensor:

@@ -18,7 +18,7 @@ from headspring.models.context import Context, Visibility
 from headspring.models.mask import Causal, Mask
 from headspring.models.norm import NormModule, RMSNormModule
 from headspring.models.paged import Int8Pages, Pages
-from headspring.models.part import Cost, ParameterRule, constant, linear
+from headspring.models.part import Cost, ParameterRule, constant, linear, same_input
 from headspring.models.position import Position, RoPE
 from headspring.models.projected import Projected, ProjectedModule
 from headspring.models.state import KeyValueState, LayerState
@@ -268,16 +268,22 @@ class AttentionModule(ProjectedModule):
         kind = Int8Pages if stored == torch.int8 else Pages
         return kind(count, self.kv_heads, self.channels, dtype, device, group)
 
+    @property
+    def _fuses(self) -> bool:
+        """Whether one operator normalises and places queries and keys."""
+        return self.position.fuses and (self.q_norm is None or isinstance(self.q_norm, RMSNormModule))
+
     def cost(self, name: str, context_length: int) -> Cost:
         """Scores and values count the keys that a query sees on average: half the context under a causal mask."""
         keys = self.value.mask.keys_seen(context_length)
-        scores = Cost("pattern", 0, 4.0 * self.heads * self.channels * keys, 2.0 * self.heads * self.channels)
-        parts = [self.q.cost("q"), self.k.cost("k"), self.v.cost("v"), scores, self.out.cost("out")]
+        kept = 2.0 * self.channels * (2 * self.heads + 3 * self.kv_heads)  # q, k, v as they were made, q and k as placed
+        scores = Cost("pattern", 0, 4.0 * self.heads * self.channels * keys, kept)
+        parts = [*same_input(self.q.cost("q"), self.k.cost("k"), self.v.cost("v")), scores, self.out.cost("out")]
         if self.q_norm is not None and self.k_norm is not None:
             for label, norm, heads in (("q_norm", self.q_norm, self.heads), ("k_norm", self.k_norm, self.kv_heads)):
                 one = norm.cost(label)
-                activation = one.activation_bytes * heads
-                parts.append(Cost(label, one.parameters, one.flops * heads, activation, 0.0, one.shape))
+                again = 0.0 if self._fuses else one.activation_bytes * heads
+                parts.append(Cost(label, one.parameters, one.flops * heads, again, 0.0, one.shape))
         position = self.position.cost("position", self.heads + self.kv_heads)
         if position is not None:
             parts.append(position)

@@ -148,7 +148,7 @@ class BlockModule(PartModule):
 
     def __init__(self, value: Block, width: int):
         super().__init__()
-        self.parallel = value.parallel
+        self.parallel, self.width = value.parallel, width
         self.pre = value.pre.build(width) if value.pre else None
         self.mixer = BranchModule(value.mixer, width)
         self.cross = BranchModule(value.cross, width) if value.cross else None
@@ -227,4 +227,6 @@ class BlockModule(PartModule):
             parts.append(self.feedforward.cost("mlp", context_length))
         if self.pre is not None:
             parts.append(self.pre.cost("pre"))
+        if self.parallel and self.feedforward is not None:
+            parts.append(Cost("read twice", activation_bytes=-2.0 * self.width))  # both branches have counted it
         return Cost.sum(name, tuple(parts))

@@ -124,7 +124,7 @@ class EmbedModule(Table):
     def cost(self, name: str) -> Cost:
         vocab, width = self.rows.shape
         own = self._owner[0] is None
-        parts = [Cost("table", vocab * width * own, 0.0, 2.0 * width, 0.0, f"{vocab} × {width}" if own else "shared")]
+        parts = [Cost("table", vocab * width * own, 0.0, 0.0, 0.0, f"{vocab} × {width}" if own else "shared")]
         if self.widen is not None:
             parts.append(self.widen.cost("widen"))
         if self.positions is not None:

@@ -8,7 +8,7 @@ from torch.nn.functional import gelu, relu, silu
 
 from headspring.artifacts.value import Variant
 from headspring.models import kernels
-from headspring.models.part import Cost, Linear, PartModule, linear
+from headspring.models.part import Cost, Linear, PartModule, linear, same_input
 
 Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "tanh"]
 ACTIVATIONS = {
@@ -96,7 +96,9 @@ class GatedModule(FeedForwardModule):
 
     def cost(self, name: str) -> Cost:
         hidden = self.gate.weight.shape[0]
-        parts = (self.gate.cost("gate"), self.up.cost("up"), Cost("act", 0, 5.0 * hidden, 4.0 * hidden), self.out.cost("out"))
+        kept = (4.0 if self.activation == "silu" else 6.0) * hidden  # both halves, and where it is not fused what multiplies
+        read = same_input(self.gate.cost("gate"), self.up.cost("up"))
+        parts = (*read, Cost("act", 0, 5.0 * hidden, kept), self.out.cost("out"))
         return Cost.sum(name, parts, f"{hidden} channels")
 
 
@@ -108,6 +110,7 @@ class MLPModule(FeedForwardModule):
         self.up = Linear(width, value.hidden, bias=value.bias)
         self.out = Linear(value.hidden, width, bias=value.bias, std=0.0)
         self.activation = ACTIVATIONS[value.activation]
+        self.keeps = value.activation not in ("relu", "tanh")  # these are undone by their result, which the product keeps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         act = self.site("act", self.activation(self.site("gate", self.up(x))))
@@ -115,5 +118,5 @@ class MLPModule(FeedForwardModule):
 
     def cost(self, name: str) -> Cost:
         hidden = self.up.weight.shape[0]
-        parts = (self.up.cost("up"), Cost("act", 0, 2.0 * hidden, 2.0 * hidden), self.out.cost("out"))
+        parts = (self.up.cost("up"), Cost("act", 0, 2.0 * hidden, 2.0 * hidden * self.keeps), self.out.cost("out"))
         return Cost.sum(name, parts, f"{hidden} channels")

@@ -181,7 +181,11 @@ class FusedStack:
 class StackStepArgument(ctypes.Structure):
     """`Step` of native_block.cpp."""
 
-    _fields_ = [("sequences", ctypes.POINTER(StepArgument)), ("rotations", ctypes.POINTER(RotationArgument))]
+    _fields_ = [
+        ("sequences", ctypes.POINTER(StepArgument)),
+        ("rotations", ctypes.POINTER(RotationArgument)),
+        ("groups", ctypes.c_int64),
+    ]
 
 
 class FusedStep:
@@ -191,10 +195,12 @@ class FusedStep:
         ragged = context.ragged
         assert ragged is not None
         self._sequences = (StepArgument * len(stack.groups))(*(StepArgument.of(ragged, group) for group in stack.groups))
+        for position in stack.positions.values():
+            position.prepare(context)
         self._tables = [position.rotation(context) for position in stack.positions.values()]
         rotations = [RotationArgument(*(table.data_ptr() for table in tables or ())) for tables in self._tables]
         self._rotations = (RotationArgument * len(rotations))(*rotations)
-        self.argument = StackStepArgument(self._sequences, self._rotations)
+        self.argument = StackStepArgument(self._sequences, self._rotations, len(stack.groups))
 
 
 def applies(x: torch.Tensor, context: Context) -> bool:

@@ -171,7 +171,7 @@ def product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None = N
     else:
         y = packing.product_plain(rows, packed)
         y = y if bias is None else y + bias
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], packed.shape[0])
 
 
 def multiplies_natively(x: torch.Tensor, kind: packing.Kind = "bf16") -> bool:

@@ -49,6 +49,7 @@ class MambaModule(MixerModule):
 
     site_names = ("x", "dt", "B", "C", "gate", "y", "state", "out")
     cut = ("x", "dt", "B", "C", "gate")
+    reads_weights = ("dt_proj",)  # in a wider dtype
 
     def __init__(self, value: Mamba, width: int):
         super().__init__()

@@ -60,6 +60,7 @@ class ModelModule(PartModule):
 
     sites: Sites
     rules_by_name: dict[str, ParameterRule]
+    packed_head_version: int = 0
     packed_head: PackedMatrix | None = None  # where the model is packed for serving (`packed.pack_model`)
     released: bool = False  # whether only packed weights are left
 

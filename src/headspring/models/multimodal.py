@@ -81,7 +81,7 @@ class MultimodalModule(AroundModule):
         self.compute_alike()
         soft = self._soft(tokens, state, media)
         if soft is not None and state is None:
-            self._check_all_used(soft, tokens, padding)
+            self.check_all_used(soft, tokens, padding)
         return self.body(tokens, state, segments, padding, soft=soft)
 
     def _soft(self, tokens: torch.Tensor, state: State | None, media: Mapping[str, torch.Tensor] | None) -> SoftTokens | None:
@@ -109,7 +109,7 @@ class MultimodalModule(AroundModule):
             spans.append((tower.value.placeholder, end, end := end + made[-1].shape[1]))
         return SoftTokens(torch.cat(made, dim=1), None, tuple(spans))
 
-    def _check_all_used(self, soft: SoftTokens, tokens: torch.Tensor, padding: torch.Tensor | None) -> None:
+    def check_all_used(self, soft: SoftTokens, tokens: torch.Tensor, padding: torch.Tensor | None = None) -> None:
         """A picture that no placeholder stands for would be ignored in silence."""
         real = True if padding is None else torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None]
         for placeholder, start, end in soft.spans:

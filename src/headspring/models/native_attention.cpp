@@ -11,30 +11,50 @@
 
 #ifdef HAS_PRODUCTS
 
-#include <vector>
+#include <algorithm>
+#include <type_traits>
 
 constexpr float LOG2_E = 1.44269504089f;
 
+// The keys begin … end − 1 in three stretches, of which only the outer two need a mask. Their borders are even, because two
+// keys make a pair.
+template <class Work>
+static inline void for_stretches(int64_t begin, int64_t end, const Queries &queries, Work work) {
+    int64_t open = std::min(end, std::max(begin, (queries.shared_begin + 1) / 2 * 2));
+    int64_t close = std::max(open, std::min(end, queries.shared_end / 2 * 2));
+    work(begin, open, std::true_type());
+    work(open, close, std::false_type());
+    work(close, end, std::true_type());
+}
+
 floats softmax(const float *scores, uint32_t *out, int64_t stride, int64_t begin, int64_t end, const Queries &queries,
                float scale, floats *log2_sums) {
-    floats factor = floats{} + scale * LOG2_E, largest = floats{} - INFINITY;
-    for (int64_t k = begin; k < end; k++) {
-        floats s = queries.seen(read<floats>(scores + (k - begin) * stride), k, -INFINITY);
-        largest = s > largest ? s : largest;
-    }
-    floats offset = largest * factor, sums = {};
-    for (int64_t k = begin; k < end; k += 2) {
-        floats p[2];
-        for (int i = 0; i < 2; i++) {
-            p[i] = exp2_of(read<floats>(scores + (k + i - begin) * stride) * factor - offset);
-            p[i] = queries.seen(p[i], k + i, 0.0f);
-            sums += p[i];
+    scores -= begin * stride, out -= begin / 2 * stride;
+    floats largest[2] = {floats{} - INFINITY, floats{} - INFINITY}, sums[2] = {};  // of even and of odd keys
+    for_stretches(begin, end, queries, [&](int64_t from, int64_t to, auto masked) {
+        for (int64_t k = from; k < to; k += 2)
+            for (int i = 0; i < 2; i++) {
+                floats s = read<floats>(scores + (k + i) * stride);
+                if (masked) s = queries.seen(s, k + i, -INFINITY);
+                largest[i] = (floats)_mm512_max_ps((__m512)s, (__m512)largest[i]);
+            }
+    });
+    floats factor = floats{} + scale * LOG2_E, offset = (floats)_mm512_max_ps((__m512)largest[0], (__m512)largest[1]) * factor;
+    for_stretches(begin, end, queries, [&](int64_t from, int64_t to, auto masked) {
+        for (int64_t k = from; k < to; k += 2) {
+            floats p[2];
+            for (int i = 0; i < 2; i++) {
+                p[i] = exp2_of(read<floats>(scores + (k + i) * stride) * factor - offset);
+                if (masked) p[i] = queries.seen(p[i], k + i, 0.0f);
+                sums[i] += p[i];
+            }
+            write(out + k / 2 * stride, pairs(p[0], p[1]));
         }
-        write(out + (k - begin) / 2 * stride, pairs(p[0], p[1]));
-    }
+    });
+    floats sum = sums[0] + sums[1];
     if (log2_sums)
-        for (int i = 0; i < 16; i++) (*log2_sums)[i] = std::log2(sums[i]) + offset[i];
-    return 1.0f / sums;
+        for (int i = 0; i < 16; i++) (*log2_sums)[i] = std::log2(sum[i]) + offset[i];
+    return 1.0f / sum;
 }
 
 namespace {

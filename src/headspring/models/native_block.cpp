@@ -26,6 +26,7 @@ struct Rotation {
 struct Step {
     const Ragged *sequences;
     const Rotation *rotations;
+    int64_t groups;
 };
 
 // A pre-norm block of attention and SwiGLU. Matrices side by side: q, k, v; gate, up. Biases in bfloat16 and the gains of the
@@ -63,9 +64,19 @@ class Barrier {
     alignas(64) std::atomic<int64_t> turn_{0};
 };
 
+// Where the rows of a step are written: page · PAGE + place in the page.
+std::vector<int64_t> slots(const Ragged &step) {
+    std::vector<int64_t> found;
+    for (int64_t i = 0; i < step.sequences; i++)
+        for (int64_t at = step.past[i]; at < step.past[i] + step.offsets[i + 1] - step.offsets[i]; at++)
+            found.push_back(step.tables[i * step.pages + at / PAGE] * PAGE + at % PAGE);
+    return found;
+}
+
 // What lies between the steps of a block, for all rows. It belongs to the thread that calls, and only grows.
 struct Memory {
     Growing<bf16> normed, mixed, heads, both, act;
+    std::vector<std::vector<int64_t>> slots;  // of each group
 };
 
 // One thread among those that compute.
@@ -86,7 +97,7 @@ class Worker {
         for (int64_t r = start; r < end; r++)
             normalise(x + r * width, block.mixer_gain, normed + r * width, width, block.mixer_epsilon);
         multiplied(block.qkv, normed, width, rows, scratch, mixed.data, block.qkv_bias, nullptr);
-        place(block, ragged, rotation, mixed, rows);
+        place(block, memory.slots[block.group], rotation, mixed, rows);
         if (thread_ == 0) next_.store(0, std::memory_order_relaxed);
         wait();
         attend(block, ragged, work, mixed, heads);
@@ -118,7 +129,8 @@ class Worker {
     }
 
     // Queries and keys, where they lie, normalised and rotated; keys and values to their pages. A head after the other.
-    void place(const Block &block, const Ragged &ragged, const Rotation &rotation, const Rows &mixed, int64_t rows) {
+    void place(const Block &block, const std::vector<int64_t> &slots, const Rotation &rotation, const Rows &mixed,
+               int64_t rows) {
         const int64_t C = block.pages.channels, shared = block.pages.heads, group = block.heads / shared;
         float *room = room_.of(C);
         for (int64_t task = shared * rows * thread_ / threads_; task < shared * rows * (thread_ + 1) / threads_; task++) {
@@ -133,7 +145,7 @@ class Worker {
             };
             turned(head * group, group);
             turned(key, 1);
-            write_page(block.pages, ragged.slots[row], head, at + key * C, at + (key + shared) * C);
+            write_page(block.pages, slots[row], head, at + key * C, at + (key + shared) * C);
         }
     }
 
@@ -153,6 +165,8 @@ extern "C" void blocks(int threads, const Block *blocks, int64_t count, const St
     Memory &memory = own;  // that of the calling thread, for all
     const int64_t rows = step->sequences[0].rows();
     int64_t inputs = 0;
+    memory.slots.clear();
+    for (int64_t group = 0; group < step->groups; group++) memory.slots.push_back(slots(step->sequences[group]));
     std::vector<std::vector<Strip>> work;
     for (const Block *block = blocks; block < blocks + count; block++) {
         memory.normed.of(rows * block->width);

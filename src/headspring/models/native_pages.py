@@ -19,17 +19,13 @@ class StepArgument(ctypes.Structure):
         ("sequences", ctypes.c_int64),
         ("offsets", ctypes.c_void_p),
         ("past", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
     ]
 
     @classmethod
     def of(cls, ragged: "Ragged", group: int | None) -> "StepArgument":
         table = ragged.tables[group]
         assert table.dtype == torch.int32 and table.is_contiguous()
-        made = cls(table.data_ptr(), table.shape[1], table.shape[0])
-        tensors = ragged.offsets, ragged.lengths, ragged.slots(group)
-        made.offsets, made.past, made.slots = (tensor.data_ptr() for tensor in tensors)
-        return made
+        return cls(table.data_ptr(), table.shape[1], table.shape[0], ragged.offsets.data_ptr(), ragged.lengths.data_ptr())
 
 
 class PagesArgument(ctypes.Structure):

@@ -312,13 +312,37 @@ def pack_model(model: "ModelModule", kind: Kind = "bf16", release: bool = False)
         raise UserError(f"pack_model packs bf16 or int8, not {kind!r}: give each Linear its `packed` (inference/quantization)")
     for part in packable(model).values():
         if part.packed is None:
-            part.packed = pack(part.weight)
+            part.packed, part.packed_version = pack(part.weight), version(part.weight)
     head = model.output_weight
     if head is not None and model.packed_head is None:
-        model.packed_head = pack(head)
+        model.packed_head, model.packed_head_version = pack(head), version(head)
     join_parts(model)
     if release:
         release_weights(model)
+
+
+def pack_for_serving(model: "ModelModule") -> None:
+    """Pack in bfloat16 whatever is not packed yet, where native products read it, and again what has changed since.
+
+    The float weights stay. Where a forward pass wants gradients, a `Linear` drops its packed matrix and learns.
+    """
+    from headspring.models import kernels
+
+    if model.compute_dtype != torch.bfloat16 or not kernels.multiplies_natively(torch.empty(0, dtype=torch.bfloat16)):
+        return
+    for part in packable(model).values():
+        if part.packed is not None and part.packed.kind == "bf16" and part.packed_version != version(part.weight):
+            part.unpack()
+    head = model.output_weight
+    if head is not None and model.packed_head is not None and model.packed_head.kind == "bf16" and not model.released:
+        if model.packed_head_version != version(head):
+            model.packed_head = None
+    pack_model(model)
+
+
+def version(weight: torch.Tensor) -> int:
+    """Grows with every change in place."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def packable(model: "ModelModule") -> dict[str, "Linear"]:

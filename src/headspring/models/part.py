@@ -9,7 +9,7 @@ C channels of a head, F hidden width of the feed-forward, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -53,7 +53,8 @@ class Cost:
     """What one part costs in a forward pass.
 
     `flops` multiply–adds count two, per token; `activation_bytes` that a backward pass keeps, per token, at two bytes an
-    element; `state_bytes` of the cache, per token, at two bytes an element; `fixed_state_bytes` of a memory that does not grow,
+    element: each tensor that an operator saves once, whoever else reads it, where an operator of `kernels` saves what it reads,
+    long attention forms its pattern again, and statistics of a row, integers and masks are left out; `state_bytes` of the cache, per token, at two bytes an element; `fixed_state_bytes` of a memory that does not grow,
     per sequence, two bytes an element but four where it is kept in float32 whatever the activations;
     `idle_parameters` are those of experts that a token does not go to. `children` sum to the part.
     """
@@ -91,6 +92,11 @@ class Cost:
         )
 
 
+def same_input(*costs: Cost) -> tuple[Cost, ...]:
+    """Parts that read one tensor: the first keeps it for all."""
+    return (costs[0], *(replace(cost, activation_bytes=0.0) for cost in costs[1:]))
+
+
 class PartModule(nn.Module):
     """A module with rules for its own parameters (not its children's), a cost, and sites that can be observed.
 
@@ -122,6 +128,7 @@ class Linear(PartModule):
 
     packed: PackedMatrix | None = None
     joined: PackedMatrix | None = None
+    packed_version: int = 0  # of the weights that were packed
     watcher: "ClassVar[Callable[[tuple[Linear, ...], torch.Tensor], object] | None]" = None  # is told of every product's input
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, std: float | None = None):
@@ -140,6 +147,12 @@ class Linear(PartModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self)
 
+    def unpack(self) -> None:
+        """Multiply by the float weights again, because they are about to learn. Raises `UserError` where there are none."""
+        if self.packed is not None and (self.packed.kind != "bf16" or not self.weight.is_contiguous()):
+            raise UserError("this model is quantized, or its float weights were released: it cannot be trained; load it again")
+        self.packed = self.joined = None
+
     def cost(self, name: str) -> Cost:
         outputs, inputs = self.weight.shape
         parameters = self.weight.numel() + (0 if self.bias is None else outputs)
@@ -154,7 +167,9 @@ def linear(x: torch.Tensor, *parts: Linear) -> torch.Tensor:
     if parts[0].packed is None:
         return kernels.linear(x, [part.weight for part in parts], biases)
     if torch.is_grad_enabled() and any(part.weight.requires_grad for part in parts):
-        raise UserError("this model is packed for serving and cannot be trained: unpack_model(model) first, or torch.no_grad()")
+        for part in parts:
+            part.unpack()
+        return linear(x, *parts)
     whole = parts[0].joined if len(parts) > 1 else parts[0].packed
     if whole is None:
         return torch.cat([linear(x, part) for part in parts], dim=-1)

@@ -47,6 +47,12 @@ class QuantizedMatrix:
         """Whether it is plain int8: one scale for each output and nothing else."""
         return self.bits == 8 and self.scales.shape[1] == 1 and self.minimums is None
 
+    @property
+    def num_bits(self) -> int:
+        """Of all values, scales and minimums, these in float16."""
+        numbers = self.scales.numel() * (1 if self.minimums is None else 2)
+        return self.values.numel() * self.bits + 16 * numbers
+
     def dequantized(self) -> torch.Tensor:
         """(O, I) float32, exactly the formula of this file: rounded after the product, and after the sum."""
         wide = self.values.float().unflatten(1, (-1, self.group))

@@ -9,7 +9,7 @@ have its own gradient (DPO needs that); its backward pass makes the chunk again.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -17,6 +17,9 @@ from headspring.artifacts.errors import UserError
 from headspring.data.batch import IGNORE
 from headspring.models import kernels
 from headspring.models.packed import PackedMatrix, pack_bf16
+
+if TYPE_CHECKING:
+    from headspring.models.model import ModelModule
 
 CHUNK = 1024
 
@@ -92,11 +95,12 @@ class _Head:
     """The head in the dtype of the rows, and the gradients that are summed for it over chunks."""
 
     def __init__(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: _How, *, learns: bool):
-        if learns and how.packed is not None:
-            raise UserError("this model is packed for serving and cannot be trained: unpack_model(model) first")
-        self.weight = weight if how.packed is not None else weight.to(rows.dtype)
+        packed = None if learns and how.packed is not None and how.packed.kind == "bf16" else how.packed
+        if learns and packed is not None:
+            raise UserError("this model is quantized and cannot be trained: load it again without")
+        self.weight = weight if packed is not None else weight.to(rows.dtype)
         self.bias = None if bias is None else bias.to(rows.dtype)
-        self.packed, self.softcap = how.packed, how.softcap
+        self.packed, self.softcap = packed, how.softcap
         if self.packed is None and kernels.multiplies_natively(rows):
             self.packed = pack_bf16(self.weight)
         self.grad_weight: torch.Tensor | None = None
@@ -187,3 +191,15 @@ class _LogProbs(torch.autograd.Function):
             grad_rows[start : start + CHUNK] = per_row @ head.weight
             head.add(per_row, chunk)
         return grad_rows, *head.gradients(weight, bias), None, None
+
+
+@torch.no_grad()
+def divergence(model: "ModelModule", hidden: torch.Tensor, other: "ModelModule", other_hidden: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q) = Σ p (log p − log q) in nats (...) float32, of the next token's distribution: p of `model` at hidden (..., D), q
+    of `other` at its own hidden states."""
+    pairs = zip(*(rows.reshape(-1, rows.shape[-1]).split(CHUNK) for rows in (hidden, other_hidden)), strict=True)
+    values = []
+    for rows, other_rows in pairs:
+        p, q = model.logits(rows).log_softmax(-1), other.logits(other_rows).log_softmax(-1)
+        values.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(values).view(hidden.shape[:-1])

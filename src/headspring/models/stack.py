@@ -109,7 +109,6 @@ class StackModule(ModelModule):
         time = tokens.shape[1]
         if isinstance(state, BatchState):
             context = state.ragged.context()
-            self._prepare(context)
             return self._run(tokens, context, state.layers, types)
         if state is not None:
             if types is not None:
@@ -148,6 +147,8 @@ class StackModule(ModelModule):
             elif self.checkpoint_activations and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, context, use_reentrant=False)
             else:
+                if context.ragged is not None:
+                    block.prepare(context)  # only the blocks that are not fused need it
                 x = block(x, context, None if layers is None else layers[index])
         return self.site("final", x if self.norm is None else self.norm(x))
 

@@ -9,9 +9,11 @@ of its own.
 """
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -46,7 +48,7 @@ class Answering:
                 session,
                 one.prompt,
                 one.params,
-                make=lambda one=one: _made(self.served, one),
+                make=partial(_made, self.served, one),
                 source=one.source,
                 edits=one.inspection,
                 timeout=self.seconds,
@@ -104,10 +106,8 @@ class Answering:
 
     def _wake(self) -> None:
         """From any thread."""
-        try:
+        with contextlib.suppress(RuntimeError):  # where the event loop is closed, nobody waits any more
             self._loop.call_soon_threadsafe(self._changed.set)
-        except RuntimeError:
-            pass  # the event loop is closed: nobody waits any more
 
     async def _until(self, done: Callable[[], bool], request: Request) -> None:
         """Wait; raise `Gone` when the client leaves first."""

@@ -32,10 +32,6 @@ from headspring.serving.served import Served
 from headspring.serving.workers import Workers
 
 LOGGER = logging.getLogger("headspring.serving")
-BODIES = (
-    requests.CompletionRequest, requests.ChatRequest, requests.EmbeddingRequest, requests.TokenizeRequest,
-    requests.DetokenizeRequest,
-)  # fmt: skip
 EMBED_AT_ONCE = 8  # texts between two steps of the engines, so that an embedding of many does not stall the others' tokens
 
 
@@ -113,12 +109,12 @@ def create_app(
     _handle_errors(app, house)
     _add_state_routes(app, house)
     _add_model_routes(app, house)
-    app.add_middleware(Guard, config=config, metrics=house.metrics)  # type: ignore[arg-type]
+    app.add_middleware(Guard, config=config, metrics=house.metrics)
     return app
 
 
 def _handle_errors(app: FastAPI, house: House) -> None:
-    known = {body.__name__: [field.alias or name for name, field in body.model_fields.items()] for body in BODIES}
+    known = requests.field_names()
 
     @app.exception_handler(ApiError)
     async def told(_: Request, error: ApiError) -> Response:

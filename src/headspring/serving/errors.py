@@ -1,7 +1,7 @@
 """Errors as OpenAI's API gives them: a status and {"error": {message, type, param, code}}. One place says which is which."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -43,13 +43,14 @@ def refuse(message: str, param: str | None = None, reason: str = "invalid") -> A
     return ApiError(400, message, reason, param)
 
 
-def of_validation(errors: Sequence[Mapping[str, Any]], known: Mapping[str, Sequence[str]]) -> ApiError:
-    """The first of pydantic's errors as one line. `known`: the fields of each kind of body, by its name."""
-    error = errors[0]
+def of_validation(errors: Sequence[Mapping[str, Any]], known: Iterable[str]) -> ApiError:
+    """The most telling of pydantic's errors as one line: an unknown field may be why another one is missing. `known`: the names
+    of all fields."""
+    error = min(errors, key=lambda one: one["type"] != "extra_forbidden")
     place = [str(part) for part in error["loc"] if part != "body"]
     where = ".".join(place) or "the body"
     if error["type"] == "extra_forbidden":
-        near = get_close_matches(place[-1], sorted({name for names in known.values() for name in names}), n=1)
+        near = get_close_matches(place[-1], sorted(known), n=1)
         return refuse(f"unknown field {where}" + (f"; did you mean {near[0]}?" if near else ""), where, "unknown_field")
     if error["type"] == "json_invalid":
         return refuse("the body is not JSON", reason="not_json")

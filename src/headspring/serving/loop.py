@@ -137,9 +137,10 @@ class EngineLoop:
             self._end(session, model, "failed", error)
 
     def _end(self, session: Session, model: str, end: End, error: Exception | None = None) -> None:
-        self.live.pop(session, None)
         session.end(end, error)
         self._count(session, model, end)
+        self.live.pop(session, None)
+        session.wake()
 
     def _count(self, session: Session, model: str, end: End) -> None:
         metrics = self.metrics

@@ -54,7 +54,7 @@ class Metrics:
 
     def watch(self, statistics: Callable[[], Mapping[str, Any]]) -> None:
         """Read the engines' own statistics, by name of the model, whenever somebody asks."""
-        self.registry.register(_Engines(statistics))  # type: ignore[arg-type]
+        self.registry.register(_Engines(statistics))
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

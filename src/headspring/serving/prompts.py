@@ -171,8 +171,10 @@ def _own_pieces(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> Iterat
     for message in messages:
         if message.role == "tool" or message.tool_calls:
             raise refuse("this model's chat layout has no tools", "messages")
-        if message.name is not None:
-            raise refuse("this model's chat layout has no names", "messages")
+        if message.name is not None or message.tool_call_id is not None:
+            raise refuse("this model's chat layout has neither names nor tools", "messages")
+        if message.content is None:
+            raise refuse(f"a message of role {message.role} needs content", "messages")
         plain.append(chat.Message(role="system" if message.role == "developer" else message.role, content=""))
     index = 0
     for piece in chat.render(plain, add_generation_prompt=True):

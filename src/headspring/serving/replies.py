@@ -1,4 +1,4 @@
-"""What is sent back, in OpenAI's shapes: whole answers, chunks of streams, log-probabilities, usage, and what was seen inside."""
+"""What is sent back, in OpenAI's shapes: whole answers, chunks of streams, log-probabilities, usage, what was seen inside."""
 
 import base64
 import math
@@ -241,7 +241,7 @@ def _joined(first: Json, second: Json) -> Json:
 
 
 def inspected(body: Asked, job: Job, answer: int, tokenizer: Tokenizer) -> Json:
-    """What an answer saw of itself: activations as base64 of little-endian float32 with their shape, and the lens's readings."""
+    """What an answer saw of itself: activations as base64 of little-endian float32 with their shape, and readings of a lens."""
     if body.capture is None and body.lens is None:
         return {}
     seen = job.seen[answer]

@@ -169,3 +169,9 @@ class TokenizeRequest(Value):
 class DetokenizeRequest(Value):
     model: str = Field(max_length=256)
     tokens: tuple[int, ...]
+
+
+def field_names() -> set[str]:
+    """The names of all fields that a body may have somewhere in it."""
+    values = [one for one in globals().values() if isinstance(one, type) and issubclass(one, Value)]
+    return {field.alias or name for value in values for name, field in value.model_fields.items()}

@@ -10,10 +10,12 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from headspring.artifacts import UserError
 from headspring.inference import LanguageModel
@@ -27,12 +29,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def serve(models: Mapping[str, LanguageModel], config: ServerConfig | None = None, engine: EngineConfig | None = None) -> None:
     """Serve these models by name until a signal comes. Raises `UserError` where the address cannot be used."""
-    config = config or ServerConfig()
-    app = create_app(models, config, engine)
-    listening = _listen(config)
-    host, port = listening.getsockname()[:2]
-    print(f"serving {', '.join(models)} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    settings = uvicorn.Config(
+    server = Server.of(models, config or ServerConfig(), engine)
+    print(f"serving {', '.join(models)} at {server.url}", flush=True)
+    server.run()
+
+
+def _settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         http="h11",
         ws="none",
@@ -47,7 +50,6 @@ def serve(models: Mapping[str, LanguageModel], config: ServerConfig | None = Non
         h11_max_incomplete_event_size=config.limits.header_bytes + 4096,
         backlog=512,
     )
-    Server(settings, app.state.house).run(sockets=[listening])
 
 
 def _listen(config: ServerConfig) -> socket.socket:
@@ -65,16 +67,33 @@ def _listen(config: ServerConfig) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which drains before it stops."""
+    """uvicorn's on a socket of ours, which drains before it stops: after a signal, or after `house.draining` was set."""
 
-    def __init__(self, settings: uvicorn.Config, house: House):
+    def __init__(self, settings: uvicorn.Config, house: House, listening: socket.socket):
         super().__init__(settings)
-        self.house = house
+        self.house, self.listening = house, listening
         self._draining: asyncio.Future[None] | None = None
 
+    @classmethod
+    def of(cls, models: Mapping[str, LanguageModel], config: ServerConfig, engine: EngineConfig | None = None) -> "Server":
+        """Raises `UserError` where the address cannot be used or would need a key."""
+        app = create_app(models, config, engine)
+        return cls(_settings(app, config), app.state.house, _listen(config))
+
+    @property
+    def url(self) -> str:
+        host, port = self.listening.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        super().run([self.listening] if sockets is None else sockets)
+
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, but a signal is not raised again at the end: a drained server has ended well."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread hears signals
+            return
         before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
         try:
             yield

@@ -74,7 +74,6 @@ class Session:
         self.wake()
 
     def end(self, end: End, error: Exception | None = None) -> None:
-        """The one end."""
+        """The one end. Whoever calls this wakes the reader, having kept its books."""
         assert self.end_as is None, f"a session ended as {self.end_as!r} and ends again as {end!r}"
         self.error, self.ended, self.end_as = error, self.clock(), end
-        self.wake()

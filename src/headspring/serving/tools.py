@@ -1,4 +1,4 @@
-"""Tools, for models whose chat template has them in the layout of Hermes and Qwen: `<tool_call>{"name", "arguments"}</tool_call>`.
+"""Tools, for models whose chat template has them as Hermes and Qwen do: `<tool_call>{"name", "arguments"}</tool_call>`.
 
     tools → into the template · the answer's text → tool calls · tool_choice → a structure that the answer must have
 
@@ -156,7 +156,8 @@ class Calls:
         if self.forced:
             call = self._call(text)
             return (text, []) if call is None else ("", [call])
-        calls, rest = [], []
+        calls: list[dict[str, Any]] = []
+        rest: list[str] = []
         while text:
             before, begin, after = text.partition(BEGIN)
             inside, end, text = after.partition(END)

@@ -1,8 +1,8 @@
 """A few threads for what may take long before a request can run: tokenizing, templates, grammars, pictures.
 
-The event loop must never do that itself: one client's long text would stop everybody's tokens. Threads, their queue and the time
-of each piece of work are bounded. A thread cannot be killed: work that is late keeps its thread until it ends, and its client has
-its answer already. So the bounds on what is worked on (bytes, depth, a template's budget) are what really protects.
+The event loop must never do that itself: one client's long text would stop everybody's tokens. Threads, their queue and the
+time of each piece of work are bounded. A thread cannot be killed: work that is late keeps its thread until it ends, and its
+client has its answer already. So the bounds on what is worked on (bytes, depth, a template's budget) are what really protects.
 """
 
 import asyncio

@@ -1,9 +1,9 @@
 """Chat templates that came with a model: Jinja, which is a program, run as one that nobody has read.
 
 A template sees the conversation and nothing else (Jinja's immutable sandbox: no attribute that leads out, no import, no file),
-and it has a budget: time, characters written, and the size of what one operation makes. Time is checked at every line of the
-template's compiled code by a trace function of this thread alone, so that an endless loop ends, which a check between the pieces
-that a template writes would not do. Traced code runs some ten times slower; a template takes a millisecond.
+and it has a budget: time, characters written, and the size of what one operation makes. Time is checked at every line of
+the template's compiled code by a trace function of this thread alone, so that an endless loop ends, which a check between the
+pieces that a template writes would not do. Traced code runs some ten times slower; a template takes a millisecond.
 
 What it gives up: one operation of C code that is slow without being large is waited for.
 """
@@ -22,6 +22,7 @@ from headspring.artifacts import UserError
 
 SECONDS, CHARACTERS = 2.0, 8 << 20  # of one rendering
 LARGEST = 1 << 20  # items or digits that one operation may make
+WIDENING_METHODS = ("ljust", "rjust", "center", "zfill", "format", "format_map", "expandtabs", "translate")
 WIDENING = ("center", "format", "wordwrap", "batch", "slice")  # filters that make much out of little
 
 
@@ -49,11 +50,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("the template formats strings by %, which is not allowed")
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Any, callee: Any, *args: Any, **kwargs: Any) -> Any:
-        name, owner = getattr(callee, "__name__", ""), getattr(callee, "__self__", None)
-        if isinstance(owner, str) and name in ("ljust", "rjust", "center", "zfill", "format", "format_map", "expandtabs"):
-            raise SecurityError(f"the template calls {name}, which is not allowed")
-        return super().call(context, callee, *args, **kwargs)
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return super().is_safe_attribute(obj, attr, value) and not (isinstance(obj, str) and attr in WIDENING_METHODS)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """Jinja's own gives strings a `format` of their own, before anybody is asked whether that is safe."""
 
 
 def _size(value: Any) -> int:

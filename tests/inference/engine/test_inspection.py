@@ -57,7 +57,10 @@ MEAN = torch.zeros(HEADS, CHANNELS)
 MEAN[2] = torch.arange(CHANNELS) / 8
 EDITS = {  # what a request says, and the same as a function of the whole activation
     "steer": (Inspection(steer=[{"site": STREAM, "vector": VECTOR, "scale": 2.0}]), {STREAM: steered(0)}),
-    "steer the answer": (Inspection(steer=[{"site": STREAM, "vector": VECTOR, "scale": 2.0, "start": -1}]), {STREAM: steered(39)}),
+    "steer the answer": (
+        Inspection(steer=[{"site": STREAM, "vector": VECTOR, "scale": 2.0, "start": -1}]),
+        {STREAM: steered(39)},
+    ),
     "patch": (Inspection(patch=[{"site": STREAM, "positions": [-1], "values": [1.0] * WIDTH}]), {STREAM: patched}),
     "ablate heads": (Inspection(ablate=[{"site": HEAD, "heads": [1, 3]}]), {HEAD: ablated}),
     "ablate to a mean": (Inspection(ablate=[{"site": HEAD, "heads": [2], "mean": MEAN}]), {HEAD: mean_ablated}),
@@ -99,7 +102,9 @@ def whole(model, tokens, sites, edits=None):
 
 def serve(model, tokenizer, asked, **config):
     """Jobs for (prompt, params, inspection) triples that run together."""
-    engine = Engine(model, tokenizer, EngineConfig(**{"debug": True, "max_sequences": min(8, config.get("chunk", 8)), **config}))
+    engine = Engine(
+        model, tokenizer, EngineConfig(**{"debug": True, "max_sequences": min(8, config.get("chunk", 8)), **config})
+    )
     jobs = [engine.submit(prompt, params, edits=inspection) for prompt, params, inspection in asked]
     engine.run()
     return jobs, engine
@@ -131,7 +136,7 @@ def test_captures_are_what_one_pass_shows(model, tokenizer, config):
     looking = Inspection(capture=sites)
     both = Inspection(capture=sites, steer=EDITS["steer"][0].steer)
     asked = [(PROMPT, DRAWN, looking), (PROMPT, DRAWN, None), (PROMPT, DRAWN, both), (PROMPT[:5], DRAWN, looking)]
-    jobs, engine = serve(model, tokenizer, asked, **config)
+    jobs, _ = serve(model, tokenizer, asked, **config)
     for job, (prompt, _, one) in zip(jobs, asked):
         if one is None:
             assert not job.seen
@@ -203,7 +208,9 @@ def test_nothing_is_installed_where_nobody_looks(model, tokenizer, monkeypatch):
     """The price of not looking is nothing: no tap during any forward pass."""
     monkeypatch.setattr(type(model.sites), "tapped", lambda *_: pytest.fail("a tap for nobody"))
     taps = []
-    model.register_forward_pre_hook(hook := lambda *_: taps.append([part.tap for part in model.modules() if hasattr(part, "tap")]))
+    model.register_forward_pre_hook(
+        hook := lambda *_: taps.append([part.tap for part in model.modules() if hasattr(part, "tap")])
+    )
     serve(model, tokenizer, [(PROMPT, GREEDY, None), (PROMPT[:5], DRAWN, None)])
     model._forward_pre_hooks.clear()
     assert hook and taps and not any(tap for step in taps for tap in step)
@@ -226,7 +233,12 @@ def test_key_is_the_edit_and_nothing_else(model):
     steer = {"site": STREAM, "vector": VECTOR}
     assert key(capture=[STREAM]) == "" == key(lens={"sites": [0]})
     assert key(steer=[steer]) == key(steer=[steer], capture=["embed"]) == key(prompt=30, steer=[steer])
-    others = [steer | {"scale": 2.0}, steer | {"start": 1}, steer | {"site": "layers.1.residual.post"}, steer | {"vector": [1.0] * WIDTH}]
+    others = [
+        steer | {"scale": 2.0},
+        steer | {"start": 1},
+        steer | {"site": "layers.1.residual.post"},
+        steer | {"vector": [1.0] * WIDTH},
+    ]
     assert len({key(steer=[one]) for one in [steer, *others]}) == 5
     answer = {"site": STREAM, "vector": VECTOR, "start": -1}
     assert key(prompt=20, steer=[answer]) != key(prompt=30, steer=[answer])  # another place in the prompt
@@ -280,7 +292,10 @@ def test_captures_have_a_limit(model, monkeypatch):
 
 def test_a_recurrent_layer_can_be_seen_and_steered(tokenizer):
     """Layers without pages read one sequence after the other."""
-    layers = (Block(mixer=Mamba(state=4), feedforward=SwiGLU(hidden=64)), Block(mixer=Attention(heads=4), feedforward=SwiGLU(hidden=64)))
+    layers = (
+        Block(mixer=Mamba(state=4), feedforward=SwiGLU(hidden=64)),
+        Block(mixer=Attention(heads=4), feedforward=SwiGLU(hidden=64)),
+    )
     model = tiny_model(tokenizer.vocab_size, layers=layers).eval()
     site = "layers.0.mixer.x"
     inside = whole(model, PROMPT, [site])[site].shape[-1]

@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
-from tests.inference.engine.stepping import request, rows_of, run
 
 from headspring.artifacts import HeadspringError
 from headspring.inference.engine.sampler import Sampler
 from headspring.inference.generation import most_probable
 from headspring.inference.sampling import Distribution, RowParams, pick
+from tests.inference.engine.stepping import request, rows_of, run
 
 MIX = [
     {"temperature": 0},
@@ -80,7 +80,9 @@ def test_the_same_tokens_in_any_company(lm, references, seed):
 
 def test_a_seed_is_not_shared_by_prompts_and_answers(lm):
     options = {"seed": 7, "max_tokens": 8}
-    first, second, third = run(lm, [request(lm, "a", **options), request(lm, "a", answer=1, **options), request(lm, "b", **options)])
+    first, second, third = run(
+        lm, [request(lm, "a", **options), request(lm, "a", answer=1, **options), request(lm, "b", **options)]
+    )
     assert first.token_ids != second.token_ids and first.token_ids != third.token_ids
 
 
@@ -90,7 +92,9 @@ def test_log_probabilities_are_the_models_own(lm):
     found, full = run(lm, [one, every])
     assert found.token_ids == full.token_ids
     expected = rows_of(lm, request(lm, "the"), found.token_ids).log_softmax(-1)[:-1]
-    for row, token, log_prob, top, all_of_them in zip(expected, found.token_ids, found.logprobs, found.top_logprobs, full.top_logprobs):
+    for row, token, log_prob, top, all_of_them in zip(
+        expected, found.token_ids, found.logprobs, found.top_logprobs, full.top_logprobs
+    ):
         assert log_prob == pytest.approx(row[token].item(), abs=1e-5)
         assert list(top) == row.topk(4).indices.tolist() and top.get(token, log_prob) == log_prob
         assert isinstance(all_of_them, Distribution) and len(all_of_them) == lm.vocab_size
@@ -100,7 +104,11 @@ def test_log_probabilities_are_the_models_own(lm):
 
 def test_a_broken_row_fails_alone(lm):
     sampler = Sampler(lm.vocab_size, lm.tokenizer.vocab_size, lm.device)
-    poisoned, stuck, well = (request(lm, "a", seed=1), request(lm, "a", structured={"choice": ["yes"]}), request(lm, "a", seed=1))
+    poisoned, stuck, well = (
+        request(lm, "a", seed=1),
+        request(lm, "a", structured={"choice": ["yes"]}),
+        request(lm, "a", seed=1),
+    )
     logits = torch.cat([rows_of(lm, one, []) for one in (poisoned, stuck, well)]).detach()
     logits[0, 3] = torch.nan
     logits[1] = torch.nan

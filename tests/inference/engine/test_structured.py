@@ -7,14 +7,14 @@ import time
 
 import numpy as np
 import pytest
-from tests.inference.engine.stepping import request, run
-from tests.inference.tiny import tiny_model
 
 from headspring.artifacts import HeadspringError, UserError
 from headspring.inference import LanguageModel
 from headspring.inference.sampling import SamplingParams
 from headspring.inference.structured import LONGEST_NUMBER, Budget, Matcher, Structured, compile_structured, words_of
 from headspring.tokenization.train import TokenizerConfig, train_tokenizer
+from tests.inference.engine.stepping import request, run
+from tests.inference.tiny import tiny_model
 
 PERSON = {
     "type": "object",
@@ -248,4 +248,6 @@ def test_what_makes_no_sense_is_refused(options):
 def test_compiled_once(lm, monkeypatch):
     spec = Structured(regex="once[0-9]")
     assert compile_structured(spec, lm.tokenizer) is compile_structured(Structured(regex="once[0-9]"), lm.tokenizer)
-    assert words_of(lm.tokenizer) is words_of(lm.tokenizer) and isinstance(compile_structured(spec, lm.tokenizer).matcher(), Matcher)
+    assert words_of(lm.tokenizer) is words_of(lm.tokenizer) and isinstance(
+        compile_structured(spec, lm.tokenizer).matcher(), Matcher
+    )

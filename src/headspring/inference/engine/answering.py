@@ -217,7 +217,7 @@ class Answering:
             self._finish(job)
 
     def _finish(self, job: Job) -> None:
-        answers = [request.generation() for request in job.requests]
+        answers = [replace(request.generation(), seen=job.seen.get(number)) for number, request in enumerate(job.requests)]
         job.generations = most_probable(answers, job.params.n) if job.search is None and job.chooses else answers
         if job.chooses:
             for number, answer in enumerate(job.generations):

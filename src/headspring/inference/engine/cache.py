@@ -207,7 +207,6 @@ class Cache:
         sequence.tables = [[node.pages[number] for node in found] for number in range(len(self.groups))]
         sequence.nodes = [node.serial for node in found]
         sequence.computed = len(found) * PAGE
-        self.hits += sequence.computed
         for number, (group, pool) in enumerate(zip(self.groups, self.pools, strict=True)):
             table, passed = sequence.tables[number], self._passed(group, sequence.computed)
             table[:passed] = [GONE] * passed

@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,8 +63,8 @@ class Check(Value):
 
 
 class Certificate(Value):
-    """`checks` are about one numerics id; `others` are other ways to compute the same function, which need not give the same bits
-    and whose KL to the engine is reported."""
+    """`checks` are about one numerics id; `others` are other ways to compute the same function, which need not give the same
+    bits and whose KL to the engine is reported."""
 
     numerics: str
     precision: str
@@ -133,14 +134,14 @@ def weights_digest(model: ModelModule) -> str:
     total = hashlib.sha256()
     for name, module in model.named_modules():
         held: dict[str, object] = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-        for attribute in ("packed", "joined"):
+        for attribute in ("packed", "joined", "packed_head"):
             matrix = getattr(module, attribute, None)
             tensors = () if matrix is None else (matrix.values, matrix.scales, matrix.minimums)
             held |= {f"{attribute}.{number}": tensor for number, tensor in enumerate(tensors)}
         for part, tensor in sorted(held.items()):
             if isinstance(tensor, Tensor):
                 total.update(f"{name}.{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -170,7 +171,8 @@ class _Proof:
         longest = lm.context // 2
         count, prompt, new = (5, min(80, longest), min(8, longest)) if quick else (24, min(200, longest), min(32, longest))
         self.asked: list[Asked] = requests(lm, seed=0, count=count, prompt=prompt, new=new)
-        jobs, _ = play(lm, self.asked, Schedule())
+        jobs, stats = play(lm, self.asked, Schedule())
+        self.steps = stats.steps
         self.answers = [job.generations for job in jobs]
         self.rows = [answer.prompt_token_ids + answer.token_ids for answers in self.answers for answer in answers]
         self.reference = [self._alone(row) for row in self.rows]
@@ -182,15 +184,14 @@ class _Proof:
         for name, score in (("a padded batch", self._padded), ("packed documents", self._documents)):
             yield self._scored(f"trainer, {name}, no gradients", score)
             if trains:
-                yield self._scored(f"trainer, {name}, with gradients", lambda score=score: self._learning(score))
+                yield self._scored(f"trainer, {name}, with gradients", partial(self._learning, score))
             else:
                 yield Check(name=f"trainer, {name}, with gradients", compared=0, note="packed weights are not trained")
         yield self._scored(f"trainer, {self.threads} threads", self._threaded)
         yield self._scored("evaluator", lambda: self.lm.logprobs(self.rows))
         yield self._engine("engine, alone", Schedule(), lambda stats: "")
-        long = 6 * len(self.rows)
         for name, schedule, happened in (
-            ("chunked prompts", Schedule(chunk=3), lambda stats: stats.steps > 2 * long / 6),
+            ("chunked prompts", Schedule(chunk=11), lambda stats: stats.steps > self.steps),
             ("company", Schedule(max_sequences=8, chunk=64), lambda stats: True),
             ("prefix hits", Schedule(sharing=True), lambda stats: stats.prefix_hits > 0),
             ("preemption", Schedule(max_sequences=8, room=1.0), lambda stats: stats.preemptions > 0),

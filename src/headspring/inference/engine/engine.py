@@ -18,7 +18,9 @@ one layer of a small model.
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from contextlib import suppress
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any, get_args
 
 import torch
@@ -32,11 +34,12 @@ from headspring.inference.engine.job import Job, Outcome, Update
 from headspring.inference.engine.runner import Runner, runner_for
 from headspring.inference.engine.scheduler import Scheduler
 from headspring.inference.engine.sequence import Sequence, Work
-from headspring.inference.engine.submission import checked_prompt, require_causal
+from headspring.inference.engine.submission import check_soft, checked_prompt, require_causal
 from headspring.inference.inspection import Inspection, Probe
 from headspring.inference.sampling_params import SamplingParams
 from headspring.inference.speculation import Speculator
 from headspring.models.model import ModelModule
+from headspring.models.packed import pack_for_serving
 from headspring.tokenization.tokenizer import Tokenizer
 
 
@@ -76,6 +79,7 @@ class Engine:
     ):
         self.model, self.tokenizer, self.config, self.clock = model, tokenizer, config or EngineConfig(), clock
         require_causal(model.config)
+        pack_for_serving(model)
         self.runner = runner or runner_for(model, self.config)
         self.cache = Cache(self.runner.groups, self.runner.shares and self.config.prefix_sharing)
         self.scheduler = Scheduler(self.cache, self.config.max_sequences, self.config.chunk)
@@ -84,6 +88,7 @@ class Engine:
         value = self.config.speculation
         self.speculator = None if value is None else Speculator(value, model, tokenizer, clock)
         self.jobs: dict[int, Job] = {}  # that have not ended, by number
+        self.deadlines: list[tuple[float, int]] = []  # a heap of times and numbers of jobs
         self.counts = dict.fromkeys(("steps", "computed_tokens", "submitted", "rejected", *get_args(Outcome)), 0)
 
     # ---- what a client does
@@ -113,7 +118,8 @@ class Engine:
             self.counts["rejected"] += 1
             raise
         job.priority = priority
-        job.deadline = None if timeout is None else self.clock() + timeout
+        if timeout is not None:
+            heappush(self.deadlines, (self.clock() + timeout, job.number))
         job.scope = key, "" if job.probe is None else job.probe.key
         self.counts["submitted"] += 1
         self.jobs[job.number] = job
@@ -143,6 +149,8 @@ class Engine:
                     f"{len(tokens)} tokens of prompt and {new} of answer need more memory than the engine has in all; "
                     "ask for fewer, or give it more (memory)"
                 )
+        if soft is not None:
+            check_soft(self.model, soft, tokens)
         if edits is not None:
             sequence.probe = job.probe = Probe.of(self.model, edits, len(tokens), new)
         return job
@@ -157,8 +165,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Compute and sample once. False where nothing is left to do."""
-        for job in [job for job in self.jobs.values() if job.deadline is not None and job.deadline <= self.clock()]:
-            self.end(job, "timeout")
+        self._expire()
         work = self.scheduler.schedule()
         if work:
             self.counts["steps"] += 1
@@ -172,6 +179,13 @@ class Engine:
         if self.config.debug:
             self.cache.check(self.scheduler)
         return bool(self.jobs)
+
+    def _expire(self) -> None:
+        """End the jobs whose time is over."""
+        while self.deadlines and self.deadlines[0][0] <= self.clock():
+            job = self.jobs.get(heappop(self.deadlines)[1])
+            if job is not None:
+                self.end(job, "timeout")
 
     def run(self) -> None:
         """Steps until nothing is left to do."""
@@ -192,8 +206,8 @@ class Engine:
 
     def _compute(self, work: list[Work]) -> list[tuple[Work, Tensor]]:
         """Each work that succeeded, with the hidden states (rows, D) that it wanted."""
+        self.runner.copy([copy for _, copy in self.scheduler.copies])
         try:
-            self.runner.copy([copy for _, copy in self.scheduler.copies])
             hidden = self.runner.run(work)
             done = list(zip(work, hidden.split([item.rows for item in work]), strict=True))
         except Exception:
@@ -206,6 +220,8 @@ class Engine:
     def _alone(self, work: Work) -> Tensor | None:
         """The same for one sequence, after a step of several raised; None where it is the one that does."""
         sequence = work.sequence
+        if sequence.job.finished:
+            return None  # with another of its answers
         try:
             if sequence.state is None or self.runner.boundary(sequence, sequence.computed) == sequence.computed:
                 return self.runner.run([work])  # into the pages that were reserved for the step
@@ -234,7 +250,8 @@ class Engine:
         job.end(outcome, error)
         if outcome != "finished" and job.notify is not None:
             for answer in unfinished:
-                job.notify(Update(answer, "", [], [], None, outcome))
+                with suppress(Exception):  # who listens has been told, or cannot be
+                    job.notify(Update(answer, "", [], [], None, outcome))
 
     def stats(self) -> Statistics:
         """What the engine does now, and what it has done."""

@@ -52,7 +52,6 @@ class Job:
     source: Rows[int] = ()
     soft: Any = None
     priority: int = 0
-    deadline: float | None = None
     scope: tuple[str, str] = ("", "")
     probe: Probe | None = None
     notify: Callable[[Update], None] | None = None

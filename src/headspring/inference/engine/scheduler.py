@@ -105,22 +105,22 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Start waiting sequences in order; none overtakes one that does not fit yet."""
-        while self.waiting and self.budget:
-            sequence = self.waiting[0]
+        while self.budget and (sequence := next((one for one in self.waiting if one.row is None), None)) is not None:
             if len(self.running) == self.max_sequences or not self._fits(sequence):
                 if not self._yields_to(sequence):
                     return
                 continue
-            del self.waiting[0]
+            self.waiting.remove(sequence)
             self._start(sequence)
             given = self._give(sequence, min(sequence.uncomputed, self.budget))
-            assert given or not sequence.uncomputed
+            assert given
 
     def _fits(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its known prefix; whether there are pages for all that it has to compute now."""
         if sequence.job.reads_prefix:
             self.cache.match(sequence)
         if self.cache.has_room(sequence, self.chunk):
+            self.cache.hits += sequence.computed
             return True
         self.cache.release(sequence)
         return False

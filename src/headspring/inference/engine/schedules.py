@@ -5,20 +5,21 @@ random order and with random priorities, and others that nobody waits for arrive
 come out is the same tokens with the same log-probabilities, bit for bit; `certificate` and the tests compare.
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from headspring.inference.engine.cache import Group
 from headspring.inference.engine.config import EngineConfig
 from headspring.inference.engine.engine import Engine, Statistics
 from headspring.inference.engine.job import Job
 from headspring.inference.language_model import LanguageModel
 from headspring.inference.sampling_params import SamplingParams
 from headspring.models.model import ModelModule
-from headspring.models.ragged import PAGE
 from headspring.models.stack import StackModule
 
 Asked = tuple[list[int], SamplingParams]  # a prompt and what is wanted of it
@@ -26,8 +27,8 @@ Asked = tuple[list[int], SamplingParams]  # a prompt and what is wanted of it
 
 @dataclass(frozen=True)
 class Schedule:
-    """`room`: pages, in multiples of what the longest request needs alone (None: plenty). `nuisance`: requests that are cancelled
-    on the way. `turns`: how many steps may pass between two arrivals."""
+    """`room`: pages, in multiples of what the longest request needs alone (None: plenty). `nuisance`: requests that are
+    cancelled on the way. `turns`: how many steps may pass between two arrivals."""
 
     seed: int = 0
     chunk: int = 512
@@ -45,9 +46,9 @@ class Schedule:
         draw = random.Random(seed)
         return Schedule(
             seed,
-            chunk=draw.choice((1, 2, 3, 7, 16, 33, 64, 512)),
+            chunk=draw.choice((2, 5, 16, 16, 33, 64, 512)),
             max_sequences=draw.choice((1, 2, 3, 5, 8)),
-            room=draw.choice((None, 1.0, 1.5, 2.5)),
+            room=draw.choice((None, 1.0, 1.0, 1.5, 2.0)),
             sharing=draw.random() < 0.7,
             speculates=draw.random() < 0.5,
             threads=draw.randint(1, threads),
@@ -110,10 +111,11 @@ def _config(model: ModelModule, asked: Sequence[Asked], schedule: Schedule, debu
         config = config.model_copy(update={"speculation": PromptLookup()})
     if schedule.room is None or not (isinstance(model, StackModule) and model.side_by_side):
         return config
-    a_page = sum(pool.bytes_per_page for pool in model.new_pages(1) if pool is not None)
-    longest = max(-(-(len(prompt) + params.max_tokens) // PAGE) for prompt, params in asked)
-    forks = max(params.n for _, params in asked)
-    return config.model_copy(update={"memory": int((longest + forks) * schedule.room + 1) * a_page} if a_page else {})
+    longest = max(len(prompt) + params.max_tokens for prompt, params in asked)
+    pools = [pool for pool in model.new_pages(1) if pool is not None]
+    whole = sum(pool.bytes_per_page * Group(pool.group, 0).most_pages(longest, schedule.chunk) for pool in pools)
+    memory = math.ceil(whole * schedule.room * (1 + 1e-9))
+    return config.model_copy(update={"context": longest, "memory": memory} if whole else {})
 
 
 @contextmanager
@@ -125,8 +127,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def alone(schedule: Schedule) -> Schedule:
-    """The same with nothing going on but one request at a time, whole."""
-    return replace(Schedule(), seed=schedule.seed)

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence as Rows
 
+import torch
+
 from headspring.artifacts import UserError
 from headspring.inference.engine.job import Job
 from headspring.inference.generation import Request
 from headspring.inference.sampling_params import SamplingParams
 from headspring.models import EncoderDecoder
-from headspring.models.model import Model
+from headspring.models.model import Model, ModelModule
+from headspring.models.multimodal import MultimodalModule
+from headspring.models.soft_tokens import SoftTokens
 from headspring.tokenization.tokenizer import Tokenizer
 
 
@@ -40,6 +44,13 @@ def check_ids(ids: Rows[int], vocab: int) -> None:
     if ids and not 0 <= min(ids) <= max(ids) < vocab:
         wrong = next(token for token in ids if not 0 <= token < vocab)
         raise UserError(f"token id {wrong} is outside the model's vocabulary of {vocab}")
+
+
+def check_soft(model: ModelModule, soft: SoftTokens, prompt: list[int]) -> None:
+    """Raise `UserError` where what towers saw has no place in the prompt."""
+    if not isinstance(model, MultimodalModule):
+        raise UserError(f"a model of kind {model.config.kind!r} takes no pictures or sounds; leave them out")
+    model.check_all_used(soft, torch.tensor([prompt], device=model.device))
 
 
 def request_of(job: Job, context: int, tokenizer: Tokenizer, answer: int = 0) -> Request:

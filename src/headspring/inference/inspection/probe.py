@@ -39,8 +39,8 @@ class Readings:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one answer saw: `activations` by the site's name as it was asked for, (T, …) in the dtype of the computation, and
-    `lens` by the site's full name. T counts the tokens of the prompt and those of the answer but the last, which is never read."""
+    """What one answer saw: `activations` by the site's name as it was asked for, (T, …) in the dtype of computation, and
+    `lens` by the site's full name. T counts the tokens of the prompt, and of the answer all but the last, which is not read."""
 
     activations: dict[str, Tensor]
     lens: dict[str, Readings]

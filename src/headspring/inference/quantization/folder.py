@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from headspring.artifacts.errors import CorruptArtifact, UserError
+from headspring.artifacts.errors import CorruptArtifact
 from headspring.artifacts.files import read_json, write_atomic, write_json
 from headspring.inference.quantization.installing import install, installed
-from headspring.models.dialects import empty
 from headspring.models.folder import CONFIG, WEIGHTS
 from headspring.models.model import Model, ModelModule
 from headspring.models.packed import GROUP_SIZES
@@ -62,9 +60,9 @@ def load_quantized(folder: Path, dtype: torch.dtype | None = None) -> ModelModul
     """The model, ready to be asked, activations in `dtype` or the one it was saved with. Raises `CorruptArtifact` where weights and config do not belong together."""
     described = read_json(Path(folder) / CONFIG)
     try:
-        model = empty(Model.choose(described["model"]))
+        model = Model.choose(described["model"]).module()
         stored = DTYPES[described["dtype"]]
-    except (KeyError, ValidationError, UserError) as error:
+    except (KeyError, ValueError) as error:
         raise CorruptArtifact(f"{folder}/{CONFIG}: not a quantized model ({json.dumps(str(error))[:120]})") from error
     tensors = _read(Path(folder), described)
     matrices, plain = _sorted(model, tensors, Path(folder))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
+from headspring.inference.quantization.targets import output_of
 from headspring.models.embedding import Table
 from headspring.models.model import ModelModule
 from headspring.models.packed import PackedMatrix, join_parts, pack_groups, pack_int8, release_weights, unpack_model
@@ -33,13 +34,13 @@ def install(model: ModelModule, matrices: Mapping[str, QuantizedMatrix]) -> None
     """Let `matrices`, by the name of their parameter, take the place of its float weights, which are released.
 
     The model can then be asked and saved, but not trained."""
-    output = model.output_weight
+    output = output_of(model)
     for name, matrix in matrices.items():
         owner, parameter = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
         packed = pack(matrix)
         if parameter is output:  # also of a body inside, which has the same head
             for module in model.modules():
-                if isinstance(module, ModelModule) and module.output_weight is parameter:
+                if isinstance(module, ModelModule) and output_of(module) is parameter:
                     module.packed_head = packed
         if isinstance(owner, Linear | Table):
             owner.packed = packed

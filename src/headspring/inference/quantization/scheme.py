@@ -40,6 +40,11 @@ class Quantization(Value):
     def bits(self) -> int:
         return 8 if self.method == "int8" else 4
 
+    @property
+    def name(self) -> str:
+        """As `of` reads it; a minimum is said too."""
+        return f"{self.method}{f'-{self.group}' if self.group else ''}{' with minimums' if self.minimum else ''}"
+
     def group_for(self, inputs: int) -> int | None:
         """The group of a matrix with so many inputs; None where it has one scale for each output."""
         most = self.group or (None if self.bits == 8 else 32)

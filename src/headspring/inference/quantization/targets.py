@@ -13,7 +13,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from headspring.artifacts import UserError
 from headspring.models.model import ModelModule
@@ -45,7 +44,7 @@ def targets_of(model: ModelModule) -> Targets:
         if isinstance(module, PartModule):
             for name in module.reads_weights:
                 linears.pop(f"{prefix}.{name}.weight".lstrip("."), None)
-    output = model.output_weight
+    output = output_of(model)
     head = None if output is None else next((name for name, value in model.named_parameters() if value is output), None)
     if head is not None and (head in linears or min(model.get_parameter(head).shape) < SMALLEST):
         head = None
@@ -54,9 +53,12 @@ def targets_of(model: ModelModule) -> Targets:
     return Targets(linears, head)
 
 
-def owner_of(model: ModelModule, name: str) -> nn.Module:
-    """The module whose `weight` the parameter `name` is."""
-    return model.get_submodule(name.rpartition(".")[0])
+def output_of(model: ModelModule) -> torch.Tensor | None:
+    """The head's matrix, or None where there is none."""
+    try:
+        return model.output_weight
+    except UserError:  # an encoder that predicts no tokens
+        return None
 
 
 def weight_of(model: ModelModule, name: str) -> torch.Tensor:
