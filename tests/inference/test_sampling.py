@@ -204,8 +204,8 @@ def test_greedy_rows_beside_drawn_ones():
 @pytest.mark.parametrize("scale", [0.05, 3.0, 30.0])
 @pytest.mark.parametrize("options", [*GRID, {"top_p": 0.99, "top_k": 3000}, {"temperature": 5.0, "min_p": 0.5}], ids=str)
 def test_row_by_row_is_the_definition(options, scale):
-    """What runs on a CPU keeps the tokens that the filters keep, and draws the ones that `draw` draws. Wide enough that the mass
-    of the first few thousand tokens is not always that of the nucleus."""
+    """What runs on a CPU keeps the tokens that the filters keep, and draws the ones that `draw` draws. Wide enough that the
+    first few thousand tokens do not always hold the mass of the nucleus."""
     vocab = 12_000
     params, logits = SamplingParams(**options), make_logits(1, seed=11, scale=scale, vocab=vocab)
     logits[0, 100:200] = logits[0, 50]  # ties
@@ -214,14 +214,14 @@ def test_row_by_row_is_the_definition(options, scale):
     scaled = (logits - logits.amax()) / rows.temperature
     expected = filtered(scaled, rows)
     kept = scaled[0].numpy() >= threshold_of(scaled[0].numpy(), params)
-    assert (kept | ~torch.isfinite(scaled[0]).numpy()).tolist() == (
-        torch.isfinite(expected[0]) | ~torch.isfinite(scaled[0])
-    ).tolist()
+    possible = torch.isfinite(scaled[0])
+    differs = (torch.from_numpy(kept) & possible) != torch.isfinite(expected[0])
+    assert differs.sum() <= 1  # sums of 12,000 float32 numbers, in two libraries: the last token inside may be another one
     uniforms = torch.rand(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ids = [draw_one(logits[0].numpy(), params, uniform) for uniform in [*uniforms.tolist(), 0.0, 1 - 2**-53]]
     uniforms = torch.cat([uniforms, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)])
     same = draw(expected.expand(len(ids), -1), uniforms).tolist()
-    # float32 exponentials differ in their last bit between the libraries, so that a number beside an edge may fall on either side
+    # float32 exponentials differ in their last bit between the libraries: a number beside an edge may fall on either side
     assert sum(a != b for a, b in zip(ids, same)) <= 1
 
 

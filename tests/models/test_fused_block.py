@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from headspring.models import Attention, Block, Decoder, NoPE, RMSNorm, RoPE, SwiGLU, fused_block, kernels
+from headspring.models import Attention, Block, Decoder, NoPE, RMSNorm, RoPE, SwiGLU, kernels
 from headspring.models.block import Branch
 from headspring.models.fused_block import FusedBlock, FusedStack
 from headspring.models.mask import Causal
-from headspring.models.packed import pack_groups, pack_model, unpack_model
+from headspring.models.packed import PackedMatrix, pack_groups, pack_model, unpack_model
 from headspring.models.paged import BatchState
 from headspring.models.part import Linear
 from headspring.models.ragged import PAGE, Ragged
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 PAGES = 40
 SHARED = dict(heads=6, kv_heads=2, head_dim=32)
 LAYERS = {
-    "llama": Block(mixer=Attention(**SHARED, qk_norm=None), feedforward=SwiGLU(hidden=200)),
+    "llama": Block(mixer=Attention(**SHARED, qk_norm=None), feedforward=SwiGLU(hidden=224)),
     "normed": Block(mixer=Attention(**SHARED), feedforward=SwiGLU(hidden=192)),
     "window": Block(mixer=Attention(**SHARED, mask=Causal(window=37), scale=0.3), feedforward=SwiGLU(hidden=160)),
     "biased": Block(
@@ -45,13 +45,11 @@ def built(*layers: Block, packing: str = "bf16") -> torch.nn.Module:
     return model.eval()
 
 
-def four_bits(shape, minimums: bool):
-    groups = (shape[0], -(-shape[1] // 32)) if shape[1] % 32 == 0 else None
-    size = 32 if groups else 8
-    if groups is None:
-        return None
-    values = torch.randint(0, 16, tuple(shape)).to(torch.int8) - (0 if minimums else 8)
-    return pack_groups(values, torch.rand(shape[0], shape[1] // size) * 0.05, -torch.rand(groups) * 0.1 if minimums else None)
+def four_bits(shape: torch.Size, minimums: bool) -> PackedMatrix:
+    """Some matrix in groups of 32 inputs."""
+    groups = shape[0], shape[1] // 32
+    values = torch.randint(0, 16, tuple(shape), dtype=torch.int8) - (0 if minimums else 8)
+    return pack_groups(values, torch.rand(groups) * 0.05, -torch.rand(groups) * 0.1 if minimums else None)
 
 
 class Server:
@@ -74,7 +72,7 @@ def both_ways(model, steps, monkeypatch, stored=None) -> list[tuple[torch.Tensor
     for tokens, past, counts in steps:
         ours = fused.step(tokens, past, counts)
         with monkeypatch.context() as patch:
-            patch.setattr(fused_block, "applies", lambda x, context: False)
+            patch.setattr(FusedStack, "of", lambda *given: None)
             pairs.append((ours, plain.step(tokens, past, counts)))
     return pairs
 
@@ -85,7 +83,11 @@ def steps(*shapes: tuple[list[int], list[int]]):
 
 
 MIXED = steps(
-    ([0, 0, 0], [5, 1, 33]), ([5, 1, 33], [1, 1, 1]), ([6, 2, 34], [64, 1, 3]), ([70, 3, 37], [1, 0, 90]), ([71, 3, 127], [1, 1, 1])
+    ([0, 0, 0], [5, 1, 33]),
+    ([5, 1, 33], [1, 1, 1]),
+    ([6, 2, 34], [64, 1, 3]),
+    ([70, 3, 37], [1, 0, 90]),
+    ([71, 3, 127], [1, 1, 1]),
 )
 ALONE = steps(([0], [1]), ([1], [1]), ([2], [64]), ([66], [2]), ([68], [200]), ([268], [1]), ([269], [7]))
 
@@ -93,9 +95,8 @@ ALONE = steps(([0], [1]), ([1], [1]), ([2], [64]), ([66], [2]), ([68], [200]), (
 @pytest.mark.parametrize("packing", ["bf16", "int8", "int4", "minimums"])
 @pytest.mark.parametrize("work", [MIXED, ALONE], ids=["mixed", "alone"])
 def test_fused_is_op_by_op(packing, work, monkeypatch):
-    whole = {name: layer for name, layer in LAYERS.items() if name != "llama"} if packing in ("int4", "minimums") else LAYERS
-    model = built(*whole.values(), packing=packing)
-    assert FusedStack(list(model.layers), Server(model).layers).reach(0) == len(whole)
+    model = built(packing=packing)
+    assert FusedStack(model.layers, Server(model).layers).reach(0) == len(LAYERS)
     for fused, plain in both_ways(model, work, monkeypatch):
         assert torch.isfinite(plain).all() and torch.equal(fused, plain)
 
@@ -110,6 +111,13 @@ def test_threads_do_not_matter(threads, monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, answers, expected))
+
+
+def test_sizes_that_fill_no_panel(monkeypatch):
+    model = built(Block(mixer=Attention(heads=3, kv_heads=1, head_dim=32), feedforward=SwiGLU(hidden=75)), packing="int8")
+    assert FusedStack(model.layers, Server(model).layers).reach(0) == 1
+    for fused, plain in both_ways(model, MIXED, monkeypatch):
+        assert torch.equal(fused, plain)
 
 
 def test_int8_pages(monkeypatch):
@@ -157,7 +165,7 @@ def test_watched_blocks_take_their_own_path(monkeypatch):
     with model.sites.capture(sites) as seen:
         watched = Server(model).step(*MIXED[0])
         with monkeypatch.context() as patch:
-            patch.setattr(fused_block, "applies", lambda x, context: False)
+            patch.setattr(FusedStack, "of", lambda *given: None)
             with model.sites.capture(sites) as plainly:
                 Server(model).step(*MIXED[0])
     assert torch.equal(watched, expected) and set(seen) == set(sites)

@@ -22,6 +22,7 @@ from headspring.inference.embeddings import embed, read_pooling, write_pooling
 from headspring.inference.engine import Engine, EngineConfig, Job, Update
 from headspring.inference.engine.submission import check_ids, require_causal
 from headspring.inference.generation import Generation
+from headspring.inference.inspection import Inspection
 from headspring.inference.loading import BASE_KINDS, choose_device, choose_dtype, download, find
 from headspring.inference.quantization.folder import save_quantized
 from headspring.inference.quantization.reading import read
@@ -78,7 +79,9 @@ class LanguageModel:
         tokenizer = Tokenizer.load(folder)
         model = read(folder, precision, quantize, tokenizer)
         if target.type != "cpu" and model.released:
-            raise UserError(f"{source.name}: whole numbers are multiplied on the CPU only; use device='cpu', or the float model")
+            raise UserError(
+                f"{source.name}: whole numbers are multiplied on the CPU only; use device='cpu', or the float model"
+            )
         return cls(model.to(device=target), tokenizer, kind=source.kind, folder=folder)
 
     @property
@@ -109,17 +112,19 @@ class LanguageModel:
         *,
         batch_size: int = BATCH_SIZE,
         progress: str | None = None,
+        edits: Inspection | None = None,
         **sampling: Any,
     ) -> list[Generation]:
         """Continue one or many prompts (text, or token ids used as they are). `sampling`: the fields of
         `SamplingParams`; or else `params`, one for all or one for each prompt. Returns `n` answers for each prompt,
         side by side, in the order of the prompts. An encoder–decoder reads each prompt as its source and writes an answer.
 
-        At most `batch_size` rows run together. `progress` names a bar that shows how many are done. Raises
+        At most `batch_size` rows run together. `progress` names a bar that shows how many are done. `edits` look inside
+        while each answer is written, or change what is inside (`Generation.seen`). Raises
         `UserError` for a prompt that fills the context; an answer that reaches the context's end stops there, with
         `finish_reason="length"`."""
         rows = [self.prompt_ids(prompt) for prompt in _as_list(prompts)]
-        return self._generate(rows, _each(params, sampling, len(rows)), batch_size, progress)
+        return self._generate(rows, _each(params, sampling, len(rows)), batch_size, progress, edits)
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
         """The continuation in pieces, whose join is the `text` of `generate`. No piece ends inside a character."""
@@ -170,7 +175,12 @@ class LanguageModel:
         return Engine(self.model, self.tokenizer, EngineConfig.of(**options))
 
     def _generate(
-        self, prompts: list[list[int]], params: list[SamplingParams], batch_size: int, progress: str | None
+        self,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        batch_size: int,
+        progress: str | None,
+        edits: Inspection | None = None,
     ) -> list[Generation]:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: at least one row must run")
@@ -181,7 +191,7 @@ class LanguageModel:
         jobs: dict[int, Job] = {}
         # The longest first: what does not fit in memory shows at once, and the last ones to run are short.
         for i in sorted(range(len(asked)), key=lambda i: -len(prompts[i])):
-            jobs[i] = self._submit(engine, *asked[i])
+            jobs[i] = self._submit(engine, *asked[i], edits=edits)
         with task(progress, sum(one.n for one in params)) if progress else nullcontext() as bar:
             before = 0
             while engine.step():
@@ -204,12 +214,17 @@ class LanguageModel:
         return self.engine(max_sequences=answers, chunk=max(CHUNK, answers), context=context, **options)
 
     def _submit(
-        self, engine: Engine, prompt: list[int], params: SamplingParams, notify: Callable[[Update], None] | None = None
+        self,
+        engine: Engine,
+        prompt: list[int],
+        params: SamplingParams,
+        notify: Callable[[Update], None] | None = None,
+        edits: Inspection | None = None,
     ) -> Job:
         """Ask for a prompt; an encoder–decoder reads it as its source."""
         if self.model.config.reads_source:
-            return engine.submit((), params, source=prompt, notify=notify)
-        return engine.submit(prompt, params, notify=notify)
+            return engine.submit((), params, source=prompt, notify=notify, edits=edits)
+        return engine.submit(prompt, params, notify=notify, edits=edits)
 
     def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
         if params.answers != 1 or params.logprobs is not None or params.prompt_logprobs is not None:

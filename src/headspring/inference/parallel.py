@@ -44,10 +44,11 @@ def join(device_type: str = "cpu") -> DeviceMesh:
 def split(model: ModelModule, mesh: DeviceMesh) -> ModelModule:
     """Keep this process's part of the model, in place; all processes call it with the same whole model.
 
-    Raises `UserError`, before anything is changed, where a part cannot be divided."""
+    Raises `UserError`, before any weight is changed, where a part cannot be divided or is quantized."""
     count = mesh.size()
-    if any(isinstance(module, Linear) and module.packed is not None for module in model.modules()):
-        raise UserError("packed weights cannot be divided: split the model first, then pack it")
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.unpack()  # an engine packs its part again
     plan: dict[str, ParallelStyle] = {}
     for name, module in model.named_modules():
         if isinstance(module, AttentionModule):

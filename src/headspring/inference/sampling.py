@@ -37,7 +37,7 @@ class RowParams:
     temperature: Tensor  # float32; 1 where the row is greedy
     greedy: Tensor  # (B,) bool
     top_k: Tensor  # int64; the vocabulary's size where off
-    top_p: Tensor  # float32
+    top_p: Tensor  # float64
     min_p: Tensor  # float32
     any_greedy: bool
     any_drawn: bool
@@ -57,7 +57,7 @@ class RowParams:
             temperature=column([max(row.temperature, 1e-30) if row.temperature else 1.0 for row in params]),
             greedy=torch.tensor(greedy, device=device),
             top_k=column([min(row.top_k or vocab, vocab) for row in params], torch.int64),
-            top_p=column([row.top_p for row in params]),
+            top_p=column([row.top_p for row in params], torch.float64),
             min_p=column([row.min_p for row in params]),
             any_greedy=any(greedy),
             any_drawn=bool(drawn),
@@ -164,7 +164,7 @@ def nucleus(ordered: Tensor, p: Tensor) -> Tensor:
     """The least likely logit inside, (B, 1): a token stays if the tokens before it, in order of probability, hold less than
     p. `ordered` (B, V), the largest first."""
     probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs
+    before = probs.cumsum(-1, dtype=torch.float64) - probs
     last = ordered.gather(-1, (before < p).sum(-1, keepdim=True).clamp(min=1) - 1)
     # Rounding may put a mass of "all but nothing" at 1 too early: p = 1 is off, not nearly off.
     return last.masked_fill(p >= 1, -torch.inf)

@@ -268,6 +268,17 @@ class AttentionModule(ProjectedModule):
         kind = Int8Pages if stored == torch.int8 else Pages
         return kind(count, self.kv_heads, self.channels, dtype, device, group)
 
+    def _kept(self, context_length: int) -> float:
+        """Bytes of a token's queries, keys and values as they were made, and of what the pattern is made of: queries and keys as
+        placed, or, where the bias learns and no fused kernel does that, all three and the pattern in float32. What is chosen
+        from the keys is a mask in half precision."""
+        made = 2.0 * self.channels * (self.heads + 2 * self.kv_heads)
+        if self.position.learned:
+            return made + 4.0 * self.heads * (3 * self.channels + context_length)
+        placed = 2.0 * self.channels * (self.heads + self.kv_heads) + 4.0 * self.heads  # and how large each sum is
+        dense = self.chosen is not None and not block_sparse.worthwhile_at(self.value.mask, context_length)
+        return made + placed + (2.0 * self.heads * context_length if dense else 0.0)
+
     @property
     def _fuses(self) -> bool:
         """Whether one operator normalises and places queries and keys."""
@@ -276,8 +287,7 @@ class AttentionModule(ProjectedModule):
     def cost(self, name: str, context_length: int) -> Cost:
         """Scores and values count the keys that a query sees on average: half the context under a causal mask."""
         keys = self.value.mask.keys_seen(context_length)
-        kept = 2.0 * self.channels * (2 * self.heads + 3 * self.kv_heads)  # q, k, v as they were made, q and k as placed
-        scores = Cost("pattern", 0, 4.0 * self.heads * self.channels * keys, kept)
+        scores = Cost("pattern", 0, 4.0 * self.heads * self.channels * keys, self._kept(context_length))
         parts = [*same_input(self.q.cost("q"), self.k.cost("k"), self.v.cost("v")), scores, self.out.cost("out")]
         if self.q_norm is not None and self.k_norm is not None:
             for label, norm, heads in (("q_norm", self.q_norm, self.heads), ("k_norm", self.k_norm, self.kv_heads)):

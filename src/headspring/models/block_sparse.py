@@ -76,15 +76,20 @@ def worthwhile(mask: Mask, context: Context) -> bool:
     """Whether reading lists of L keys by blocks of b queries is cheaper than reading all S: GAIN · L · (1 + PRICE / b) ≤ S.
     From LONG keys on, a list of half of them is enough, as the dense mask would need S² numbers. Tokens that
     follow a state are few, and read densely."""
+    return not context.past and worthwhile_at(mask, context.time)
+
+
+def worthwhile_at(mask: Mask, time: int) -> bool:
+    """The same of a whole sequence of `time` tokens."""
     block = mask.query_block
-    if block is None or context.past or context.time < 2 * block:
+    if block is None or time < 2 * block:
         return False
     if isinstance(mask, Chosen):
         longest = block * (mask.top + 1)
     else:
-        longest = mask.gathered(torch.tensor(context.time // block), context.time).shape[-1]
-    quick = GAIN * longest * (1 + PRICE / block) <= context.time
-    return quick or (context.time >= LONG and 2 * longest <= context.time)
+        longest = mask.gathered(torch.tensor(time // block), time).shape[-1]
+    quick = GAIN * longest * (1 + PRICE / block) <= time
+    return quick or (time >= LONG and 2 * longest <= time)
 
 
 def lay_out(context: Context, size: int) -> Blocks:

@@ -192,23 +192,29 @@ def _cut(x: torch.Tensor, length: int, missing: int) -> torch.Tensor:
     return x.unflatten(1, (-1, length))
 
 
-def decayed_costs(heads: int, groups: int, n: int, p: int, time: int, chunk: int = CHUNK) -> tuple[Cost, ...]:
-    """What `decayed` costs per token in a sequence of `time` tokens. Inputs and patterns are kept in float32."""
+def decayed_costs(
+    heads: int, groups: int, n: int, p: int, time: int, chunk: int = CHUNK, decays: bool = True
+) -> tuple[Cost, ...]:
+    """What `decayed` costs per token in a sequence of `time` tokens. In float32 it keeps queries and keys twice, as products
+    inside a chunk and between chunks read them, values twice, the pattern, and the memories that chunks add and find; what
+    decays, with that the scores, and values and answers once more."""
     length = min(chunk, time)
     products = 2.0 * length * (groups * n + heads * p) + 4.0 * heads * n * p
-    kept = 4.0 * (2 * groups * n + 3 * heads * p + 2 * heads * length + 2 * heads * n * p / length)
+    kept = 4 * groups * n + 2 * heads * p + heads * length + heads * n * p * (2 / length + 1 / time)
+    faded = (groups * length + 2 * heads * p + heads * (length + 1)) * decays
     return (
-        Cost("products", 0, products, kept, 0.0, f"chunks of {length}"),
-        Cost("decay", 0, heads * (3.0 * length + 2.0 * p + 2.0 * n * p / length), 4.0 * heads * length),
+        Cost("products", 0, products, 4.0 * kept, 0.0, f"chunks of {length}"),
+        Cost("decay", 0, heads * (3.0 * length + 2.0 * p + 2.0 * n * p / length), 4.0 * faded),
         Cost("state", shape=f"{heads} of {n} × {p}", fixed_state_bytes=4.0 * heads * n * p),
     )
 
 
 def delta_costs(heads: int, n: int, p: int, time: int, chunk: int = CHUNK) -> tuple[Cost, ...]:
-    """The same of `delta`; the triangular solve is half a product."""
+    """The same of `delta`; the triangular solve is half a product. Kept are five patterns of a chunk, queries and keys for each
+    product that reads them, the corrections, and the memory that each chunk finds."""
     length = min(chunk, time)
     products, solve = heads * (4.0 * length * n + 2.0 * length * p + 6.0 * n * p), heads * 1.0 * length * (n + p)
-    kept = 4.0 * heads * (3 * length + 6 * n + 4 * p + 2 * n * p / length)
+    kept = 4.0 * heads * (4 * length + 9 * n + p + n * p / length)
     return (
         Cost("products", 0, products, kept, 0.0, f"chunks of {length}"),
         Cost("solve", 0, solve, 4.0 * heads * (length + n + p)),

@@ -62,4 +62,4 @@ class CausalConvolution(PartModule):
         channels, window = self.weight.shape[0], self.width - 1
         parameters = self.weight.numel() + (0 if self.bias is None else channels)
         shape = f"{self.width} taps, {channels} channels"
-        return Cost(name, parameters, 2.0 * self.width * channels, 2.0 * channels, 0.0, shape, (), 2.0 * window * channels)
+        return Cost(name, parameters, 2.0 * self.width * channels, 4.0 * channels, 0.0, shape, (), 2.0 * window * channels)

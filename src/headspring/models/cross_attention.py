@@ -10,6 +10,7 @@ Why a mixer of its own and not an option of `Attention`: it has neither mask nor
 most of what that file is about.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -78,8 +79,10 @@ class CrossAttentionModule(ProjectedModule):
 
     def cost(self, name: str, context_length: int) -> Cost:
         """For each token of the decoder, beside a source that is as long: a source token's keys and values count as its."""
-        scores = Cost("pattern", 0, 4.0 * self.heads * self.channels * context_length, 2.0 * self.heads * self.channels)
-        parts = [self.q.cost("q"), self.k.cost("k"), self.v.cost("v"), scores, self.out.cost("out")]
+        kept = 2.0 * self.channels * (self.heads + 2 * self.kv_heads) + 4.0 * self.heads
+        scores = Cost("pattern", 0, 4.0 * self.heads * self.channels * context_length, kept)
+        k, v = (replace(part.cost(label), activation_bytes=0.0) for label, part in (("k", self.k), ("v", self.v)))
+        parts = [self.q.cost("q"), k, v, scores, self.out.cost("out")]
         for label, norm, heads in (("q_norm", self.q_norm, self.heads), ("k_norm", self.k_norm, self.kv_heads)):
             if norm is not None:
                 one = norm.cost(label)

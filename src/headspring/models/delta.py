@@ -22,7 +22,7 @@ from headspring.models.convolution import CausalConvolution
 from headspring.models.mamba import step_bias
 from headspring.models.mixer import Mixer, MixerModule
 from headspring.models.norm import RMSNorm
-from headspring.models.part import Cost, Linear, ParameterRule
+from headspring.models.part import Cost, Linear, ParameterRule, same_input
 from headspring.models.state import LayerState, RecurrentState
 
 
@@ -98,12 +98,14 @@ class GatedDeltaModule(MixerModule):
         heads, mixed = self.heads, self.heads * (2 * self.keys + self.values)
         shape = f"{heads} heads of {self.keys} × {self.values}"
         scan = delta_costs(heads, self.keys, self.values, context_length, self.chunk)
-        gates = Cost("gates", 2 * heads, 6.0 * heads * self.keys + 12.0 * heads, 4.0 * (2 * heads * self.keys + 4 * heads))
+        gates = Cost("gates", 2 * heads, 6.0 * heads * self.keys + 12.0 * heads, 4.0 * 6 * heads)
         one, along = self.norm.cost("norm"), heads * self.values
-        norm = Cost("norm", one.parameters, one.flops * heads, one.activation_bytes * heads, 0.0, one.shape)
-        parts = [self.q.cost("q"), self.k.cost("k"), self.v.cost("v"), self.conv.cost("conv")]
-        parts += [Cost("act", 0, 4.0 * mixed, 6.0 * mixed), self.a.cost("a"), self.b.cost("b"), gates, *scan, norm]
-        parts += [self.gate.cost("gate"), Cost("multiply", 0, 5.0 * along, 4.0 * along), self.out.cost("out")]
+        norm = Cost("norm", one.parameters, one.flops * heads, 4.0 * along, 0.0, one.shape)
+        linears = {name: part.cost(name) for name, part in self.named_children() if isinstance(part, Linear) and name != "out"}
+        read = dict(zip(linears, same_input(*linears.values()), strict=True))
+        parts = [read["q"], read["k"], read["v"], self.conv.cost("conv")]
+        parts += [Cost("act", 0, 4.0 * mixed, 6.0 * mixed), read["a"], read["b"], gates, *scan, norm]
+        parts += [read["gate"], Cost("multiply", 0, 5.0 * along, 4.0 * along), self.out.cost("out")]
         return Cost.sum(name, tuple(parts), shape)
 
 

@@ -176,4 +176,5 @@ class EncoderDecoderModule(ModelModule):
     def ledger(self, context_length: int | None = None) -> Cost:
         """For each token of the decoder, beside a source that is as long."""
         length = context_length or self.config.context
-        return Cost.sum(self.config.kind, (self.encoder.ledger(length), self.decoder.ledger(length)))
+        memory = Cost("memory", activation_bytes=2.0 * self.config.width)  # which every layer of the decoder reads
+        return Cost.sum(self.config.kind, (self.encoder.ledger(length), memory, self.decoder.ledger(length)))

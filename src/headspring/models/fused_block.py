@@ -12,7 +12,6 @@ sites are watched does, while its neighbours do not. What it gives up: one form 
 import ctypes
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -28,8 +27,6 @@ from headspring.models.packed import Mirror
 from headspring.models.paged import Pages
 from headspring.models.part import Linear
 from headspring.models.position import PositionModule
-
-_stacks: WeakKeyDictionary[nn.Module, "FusedStack"] = WeakKeyDictionary()
 
 
 class BlockArgument(ctypes.Structure):
@@ -123,6 +120,7 @@ class FusedStack:
     """The blocks of a stack as the operator reads them, beside the pages of their `layers`."""
 
     def __init__(self, blocks: Sequence[BlockModule], layers: Sequence[Any]):
+        self.of_blocks = blocks
         self._places = [(parent._modules, name) for block in blocks for parent, name in _linears(block)]
         self._made_of = self._state(layers)
         self._blocks = [FusedBlock.of(block) if isinstance(pages, Pages) else None for block, pages in zip(blocks, layers)]
@@ -149,11 +147,15 @@ class FusedStack:
         return parts + [pages if isinstance(pages, Pages) else None for pages in layers]
 
     @classmethod
-    def of(cls, stack: nn.Module, blocks: Sequence[BlockModule], layers: Sequence[Any]) -> "FusedStack":
-        """Made anew where the stack has been packed anew or has other pages."""
-        made = _stacks.get(stack)
-        if made is None or made._made_of != made._state(layers):
-            made = _stacks[stack] = cls(blocks, layers)
+    def of(cls, blocks: Sequence[BlockModule], layers: Sequence[Any], x: torch.Tensor, context: Context) -> "FusedStack | None":
+        """For a row like `x`, None where nothing can be fused. Made anew where the blocks have been packed anew."""
+        first = next((pages for pages in layers if isinstance(pages, Pages)), None) if context.ragged is not None else None
+        fits = x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and kernels.multiplies_natively(x)
+        if first is None or not fits:
+            return None
+        made = first.fused
+        if made is None or made.of_blocks is not blocks or made._made_of != made._state(layers):
+            made = first.fused = cls(blocks, layers)
         return made
 
     def reach(self, start: int) -> int:
@@ -201,13 +203,6 @@ class FusedStep:
         rotations = [RotationArgument(*(table.data_ptr() for table in tables or ())) for tables in self._tables]
         self._rotations = (RotationArgument * len(rotations))(*rotations)
         self.argument = StackStepArgument(self._sequences, self._rotations, len(stack.groups))
-
-
-def applies(x: torch.Tensor, context: Context) -> bool:
-    """Whether blocks may be fused for a row like `x`."""
-    if context.ragged is None or torch.is_grad_enabled() or not kernels.multiplies_natively(x):
-        return False
-    return x.dtype == torch.bfloat16
 
 
 def _linears(block: BlockModule) -> list[tuple[nn.Module, str]]:

@@ -8,6 +8,7 @@ One number a channel, no matrix: the smallest state there is. The square root ke
 first token of a document enters whole.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.functional import gelu, softplus
 from headspring.models.context import Context
 from headspring.models.convolution import CausalConvolution
 from headspring.models.mixer import Mixer, MixerModule
-from headspring.models.part import Cost, Linear, ParameterRule, PartModule, constant, normal
+from headspring.models.part import Cost, Linear, ParameterRule, PartModule, constant, normal, same_input
 from headspring.models.scan import linear_scan
 from headspring.models.state import LayerState, RecurrentState
 
@@ -90,10 +91,11 @@ class GatedLinearModule(MixerModule):
 
     def cost(self, name: str, context_length: int) -> Cost:
         hidden = self.hidden
-        scan = Cost("scan", hidden, 12.0 * hidden, 4.0 * 7 * hidden, 0.0, f"{hidden} channels", (), 4.0 * hidden)
-        parts = [self.gate.cost("gate"), self.x_proj.cost("x_proj"), self.conv.cost("conv")]
-        parts += [self.input_gate.cost("input_gate"), self.recurrence_gate.cost("recurrence_gate"), scan]
-        parts += [Cost("act", 0, 17.0 * hidden, 4.0 * hidden), self.out.cost("out")]
+        scan = Cost("scan", hidden, 12.0 * hidden, 4.0 * 9 * hidden, 0.0, f"{hidden} channels", (), 4.0 * hidden)
+        parts = [*same_input(self.gate.cost("gate"), self.x_proj.cost("x_proj")), self.conv.cost("conv")]
+        gate = replace(self.input_gate.cost("input_gate"), activation_bytes=2.0 * hidden)  # reads what the other one reads
+        parts += [gate, self.recurrence_gate.cost("recurrence_gate"), scan]
+        parts += [Cost("act", 0, 17.0 * hidden, 6.0 * hidden), self.out.cost("out")]
         return Cost.sum(name, tuple(parts), f"{hidden} channels")
 
 

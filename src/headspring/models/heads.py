@@ -82,7 +82,7 @@ class ValueHeadModule(ExtraHeadModule):
 
     def cost(self, name: str, context_length: int) -> Cost:
         width = self.row.weight.shape[1]
-        return Cost(name, width + 1, 2.0 * width, 2.0 * width, 0.0, f"{width} → 1")
+        return Cost(name, width + 1, 2.0 * width, 4.0 * width, 0.0, f"{width} → 1")
 
 
 class Classifier(ExtraHead):

@@ -19,7 +19,7 @@ from headspring.artifacts.value import Variant
 from headspring.models.chunked import CHUNK, decayed, decayed_costs
 from headspring.models.context import Context
 from headspring.models.mixer import Mixer, MixerModule
-from headspring.models.part import Cost, Linear
+from headspring.models.part import Cost, Linear, same_input
 from headspring.models.state import LayerState, RecurrentState
 
 
@@ -200,11 +200,11 @@ class LinearAttentionModule(MixerModule):
 
     def cost(self, name: str, context_length: int) -> Cost:
         heads, count, size = self.heads, self.features.count, self.channels + 1
-        scan = decayed_costs(heads, heads, count, size, context_length, self.value.chunk)
+        scan = decayed_costs(heads, heads, count, size, context_length, self.value.chunk, decays=False)  # none that learns
         along, peak = heads * self.channels, 4.0 * heads * self.features.scaled
         products, rest = (2.0 * heads * flops for flops in self.features.flops(self.channels))
-        features = Cost("features", 0, products, 8.0 * along, 0.0, f"{self.channels} → {count}", (), peak)
-        positive = Cost("positive", 0, rest, 8.0 * heads * count)
-        parts = [self.q.cost("q"), self.k.cost("k"), self.v.cost("v"), features, positive, *scan]
-        parts.append(Cost("divide", 0, along, 4.0 * along))
+        features = Cost("features", 0, products, (4.0 if self.features.scaled else 8.0) * along, 0.0, f"{self.channels} → {count}", (), peak)
+        positive = Cost("positive", 0, rest, 8.0 * heads * count * self.features.scaled)
+        parts = [*same_input(self.q.cost("q"), self.k.cost("k"), self.v.cost("v")), features, positive, *scan]
+        parts.append(Cost("divide", 0, along, 4.0 * heads * (size + 1)))
         return Cost.sum(name, (*parts, self.out.cost("out")), f"{heads} heads of {count} × {size}")

@@ -9,6 +9,7 @@ which does not grow, has let go.
 """
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -100,7 +101,9 @@ class MambaModule(MixerModule):
         scan = Cost("scan", parameters, 7.0 * size + 7.0 * self.inner, kept, 0.0, shape, (), 4.0 * size)
         gate = Cost("multiply", 0, 5.0 * self.inner, 4.0 * self.inner)
         parts = [self.in_proj.cost("in_proj"), self.conv.cost("conv"), Cost("act", 0, 4.0 * self.inner, 2.0 * self.inner)]
-        parts += [self.x_proj.cost("x_proj"), self.dt_proj.cost("dt_proj"), scan, gate, self.out.cost("out")]
+        made = 2.0 * self.x_proj.weight.shape[0]  # δ, of which Δ is made, lies beside B and C
+        step = replace(self.dt_proj.cost("dt_proj"), activation_bytes=made)
+        parts += [self.x_proj.cost("x_proj"), step, scan, gate, self.out.cost("out")]
         return Cost.sum(name, tuple(parts), shape)
 
 

@@ -106,7 +106,8 @@ class Mamba2Module(MixerModule):
     def cost(self, name: str, context_length: int) -> Cost:
         value, mixed = self.value, self.inner + 2 * self.shared
         scan = decayed_costs(self.heads, value.groups, value.state, value.head_dim, context_length, value.chunk)
-        step = Cost("step", 3 * self.heads, 3.0 * self.inner + 7.0 * self.heads, 4.0 * (self.inner + 3 * self.heads))
+        kept = 4.0 * (mixed + 2 * self.heads) + 2.0 * (self.inner + self.heads)  # in float32; what lay beside it as it was made
+        step = Cost("step", 3 * self.heads, 3.0 * self.inner + 7.0 * self.heads, kept)
         parts = [self.in_proj.cost("in_proj"), self.conv.cost("conv"), Cost("act", 0, 4.0 * mixed, 2.0 * mixed), step, *scan]
         shape = f"{self.heads} heads of {value.state} × {value.head_dim}, {value.groups} groups"
         return Cost.sum(name, (*parts, self.norm.cost("norm"), self.out.cost("out")), shape)
@@ -132,4 +133,4 @@ class GatedNorm(PartModule):
 
     def cost(self, name: str) -> Cost:
         width = self.weight.numel()
-        return Cost(name, width, 9.0 * width, 12.0 * width, 0.0, f"{width}")
+        return Cost(name, width, 9.0 * width, 4.0 * width * (3 if self.groups == 1 else 4), 0.0, f"{width}")

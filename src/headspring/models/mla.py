@@ -24,7 +24,7 @@ from headspring.models.context import Context, Visibility
 from headspring.models.mask import Causal, Mask
 from headspring.models.mixer import Mixer, MixerModule
 from headspring.models.norm import Norm, RMSNorm
-from headspring.models.part import Cost, Linear
+from headspring.models.part import Cost, Linear, same_input
 from headspring.models.position import RoPE, YaRN
 from headspring.models.state import KeyValueState, LayerState
 
@@ -163,12 +163,24 @@ class MLAModule(MixerModule):
         """The rotary key and the latent, as the key and the value of one head."""
         return KeyValueState(batch, 1, capacity, self.value.rotary_dim, dtype, device, value_channels=self.value.latent)
 
+    def _kept(self, read: int, context_length: int) -> float:
+        """Bytes of a token's queries, keys and values; where values have another size than keys, which no fused kernel takes on
+        a CPU, in float32 and with the pattern."""
+        channels = 2 * read + self.value_dim
+        if read == self.value_dim:
+            return 2.0 * self.heads * channels
+        return 4.0 * self.heads * (channels + context_length)
+
     def cost(self, name: str, context_length: int) -> Cost:
         """That of the expanded form, in which it is trained."""
         keys = self.value.mask.keys_seen(context_length)
-        channels = self.value.head_dim + self.value.rotary_dim + self.value_dim
-        scores = Cost("pattern", 0, 2.0 * self.heads * channels * keys, 2.0 * self.heads * channels)
-        parts = [part.cost(label) for label, part in self.named_children() if isinstance(part, Linear)]
+        read = self.value.head_dim + self.value.rotary_dim
+        scores = Cost("pattern", 0, 2.0 * self.heads * (read + self.value_dim) * keys, self._kept(read, context_length))
+        linears = {label: part.cost(label) for label, part in self.named_children() if isinstance(part, Linear)}
+        for group in (("q", "q_down", "kv_down", "k_rotary"), ("k_up", "v_up")):  # one reads x, the other the latent
+            there = [label for label in group if label in linears]
+            linears |= dict(zip(there, same_input(*(linears[label] for label in there)), strict=True))
+        parts = [*linears.values()]
         parts += [self.kv_norm.cost("kv_norm"), scores]
         if self.value.query_latent is not None:
             parts.append(self.q_norm.cost("q_norm"))

@@ -101,7 +101,8 @@ class MoEModule(FeedForwardModule):
         if self.shared is not None:
             parts.append(self.shared.cost("shared"))
         if self.shared_gate is not None:
-            parts.append(self.shared_gate.cost("shared_gate"))
+            weighed = 2.0 * self.shared_gate.weight.shape[1]  # what it multiplies; its input is that of `shared`
+            parts.append(replace(self.shared_gate.cost("shared_gate"), activation_bytes=weighed))
         return Cost.sum(name, tuple(parts), f"{self.value.top} of {self.value.experts} experts of {self.value.hidden}")
 
 
@@ -150,7 +151,7 @@ class Experts(PartModule):
         parameters = sum(parameter.numel() for parameter in self.parameters())
         idle = parameters // experts * (experts - self.top)
         flops = self.top * (6.0 * width * hidden + 5.0 * hidden)
-        activation = self.top * 2.0 * (2 * width + 3 * hidden)
+        activation = self.top * 2.0 * (2 * width + (3 if self.clamp is None else 7) * hidden)
         shape = f"{self.top} × ({width} → {hidden} → {width})"
         return Cost(name, parameters, flops, activation, 0.0, shape, idle_parameters=idle)
 

@@ -66,6 +66,7 @@ struct Growing {
         }
         return buffer.data;
     }
+    T *data() const { return buffer.data; }
 };
 
 // x (32, C) or (C, 32) of a page times `right` (K / 2, LANES) pairs, for LANES 16 or 32. `scored`: the scores of a page's
@@ -208,8 +209,6 @@ class PagedAttention {
         bf16 *held = held_.of(TOGETHER * PAGE * C);
         for (int64_t p = begin; p < end; p++) {
             int64_t at = pages.at(table[p], strip.head);
-            if (p + 1 < end) fetch(pages.keys, pages.at(table[p + 1], strip.head), pages);
-            fetch(pages.values, at, pages);
             const bf16 *keys = pages.key_scales ? opened_keys(pages, at, held) : (const bf16 *)pages.keys + at * C;
             scored<LANES>(keys, queries, scores + (p - begin) * PAGE * LANES, C);
         }
@@ -233,12 +232,6 @@ class PagedAttention {
             std::memcpy(out.data + (offset + lane / group) * out.ld + (strip.head * group + lane % group) * C, result + l * C,
                         C * 2);
         }
-    }
-
-    // A page is too short for the processor to see that it is read from front to back.
-    static void fetch(const void *pool, int64_t at, const Pages &pages) {
-        const int64_t bytes = pages.channels * (pages.key_scales ? 1 : 2);
-        for (int64_t byte = 0; byte < PAGE * bytes; byte += 64) _mm_prefetch((const char *)pool + at * bytes + byte, _MM_HINT_T0);
     }
 
     static floats read_int8(const int8_t *from) {

@@ -65,7 +65,12 @@ def attend(
 ) -> torch.Tensor:
     """See `kernels.paged_attention`."""
     y = torch.empty(q.shape, dtype=q.dtype)
-    step, held, rows, out = StepArgument.of(ragged, pages.group), PagesArgument.of(pages), RowsArgument.of(q), RowsArgument.of(y)
+    step, held, rows, out = (
+        StepArgument.of(ragged, pages.group),
+        PagesArgument.of(pages),
+        RowsArgument.of(q),
+        RowsArgument.of(y),
+    )
     structures = [ctypes.byref(structure) for structure in (step, held, rows, out)]
     numbers = ctypes.c_int64(q.shape[1]), ctypes.c_int64(window or 0), ctypes.c_float(scale)
     handle.paged_attention(ctypes.c_int(torch.get_num_threads()), *structures, *numbers)

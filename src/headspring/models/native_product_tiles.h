@@ -62,6 +62,7 @@ static inline void store_sums(void *sums) {  // (32, 32)
 template <bool TWO, class T>
 static inline void pair_strip(const Packed &w, const Scratch &scratch, int64_t row, int64_t rows, int64_t panel,
                               int64_t last_panel, const Output<T> &out) {
+    const bool cold = row == 0;  // the weights come from memory: ask for them in time
     alignas(64) float sums[2][32 * PANEL];
     const int64_t lines = w.padded() / 2, ld = scratch.ld * 2, share = (rows * 16 + lines - 1) / lines;
     const uint8_t *x = (const uint8_t *)(scratch.x + row * scratch.ld), *weights = w.panel(panel);
@@ -74,6 +75,7 @@ static inline void pair_strip(const Packed &w, const Scratch &scratch, int64_t r
         if (p < last_panel) {
             zero_sums<TWO>();
             for (int64_t line = 0; line < lines; line += 16, weights += 2048) {
+                for (int64_t i = 0; cold && i < 2048; i += 64) _mm_prefetch((const char *)weights + 8192 + i, _MM_HINT_T0);
                 load_tiles<TWO>(x + line * 4, ld, weights);
                 _tile_dpbf16ps(0, 4, 6);
                 _tile_dpbf16ps(1, 4, 7);
@@ -107,32 +109,53 @@ static inline void integer_sums(const uint8_t *x, int64_t ld, const uint8_t *wei
 
 // `weights`: the panel with 8 bits a value.
 template <bool TWO, class T>
-static inline void integer_block(const Packed &w, const Scratch &scratch, const uint8_t *weights, int64_t row, int64_t rows,
+static inline void channel_block(const Packed &w, const Scratch &scratch, const uint8_t *weights, int64_t row, int64_t rows,
                                  int64_t p, const Output<T> &out) {
+    alignas(64) int32_t sums[32 * PANEL];
+    integer_sums<TWO>((const uint8_t *)scratch.bytes() + row * scratch.ld, scratch.ld, weights, w.padded() / 4, 16, sums);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t half = 0; half < 2; half++) {
+            const __m512i start = _mm512_set1_epi32(scratch.starts()[row + r]);
+            const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + r * PANEL + half * 16), start);
+            const int64_t n = p * PANEL + half * 16;
+            out.put(row + r, n, scaled(sum, row + r, n, w, scratch));
+        }
+}
+
+template <bool TWO, class T>
+static inline void group_block(const Packed &w, const Scratch &scratch, const uint8_t *weights, int64_t row, int64_t rows,
+                               int64_t p, const Output<T> &out) {
     alignas(64) int32_t sums[32 * PANEL];
     alignas(64) float totals[32 * PANEL] = {};
     const int64_t groups = w.groups(), lines = w.padded() / 4 / groups, depth = std::min<int64_t>(lines, 16);
     const uint8_t *x = (const uint8_t *)scratch.bytes() + row * scratch.ld;
     for (int64_t g = 0; g < groups; g++) {
         integer_sums<TWO>(x + g * lines * 4, scratch.ld, weights + g * lines * 128, lines, depth, sums);
+        const float *scales = w.scales + (p * groups + g) * PANEL;
+        const float *minimums = w.minimums ? w.minimums + (p * groups + g) * PANEL : nullptr;
         for (int64_t r = 0; r < rows; r++) {
             const int64_t of_row = (row + r) * groups + g;
             const __m512i start = _mm512_set1_epi32(scratch.starts()[of_row]);
-            for (int64_t half = 0; half < 2; half++) {
-                const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + r * PANEL + half * 16), start);
-                const int64_t n = p * PANEL + half * 16, at = (p * groups + g) * PANEL + half * 16;
-                float *total = totals + r * PANEL + half * 16;
-                if (w.kind == INT8)
-                    out.put(row + r, n, scaled(sum, row + r, n, w, scratch));
-                else
-                    write(total, with_group(read<floats>(total), sum, scratch.scales()[of_row], scratch.sums()[of_row],
-                                            w.scales + at, w.minimums ? w.minimums + at : nullptr));
+            for (int64_t half = 0; half < 32; half += 16) {
+                const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + r * PANEL + half), start);
+                float *total = totals + r * PANEL + half;
+                write(total, with_group(read<floats>(total), sum, scratch.scales()[of_row], scratch.sums()[of_row], scales + half,
+                                        minimums ? minimums + half : nullptr));
             }
         }
     }
-    for (int64_t r = 0; w.kind == GROUPS && r < rows; r++)
-        for (int64_t half = 0; half < 2; half++)
-            out.put(row + r, p * PANEL + half * 16, read<floats>(totals + r * PANEL + half * 16));
+    for (int64_t r = 0; r < rows; r++) out.put_panel(row + r, p, totals + r * PANEL);
+}
+
+template <class T>
+static inline void integer_block(const Packed &w, const Scratch &scratch, const uint8_t *weights, int64_t row, int64_t rows,
+                                 int64_t p, const Output<T> &out) {
+    if (w.kind == INT8)
+        rows > 16 ? channel_block<true>(w, scratch, weights, row, rows, p, out)
+                  : channel_block<false>(w, scratch, weights, row, rows, p, out);
+    else
+        rows > 16 ? group_block<true>(w, scratch, weights, row, rows, p, out)
+                  : group_block<false>(w, scratch, weights, row, rows, p, out);
 }
 
 static inline void unpack_fours(const uint8_t *panel, int64_t lines, uint8_t *bytes) {
@@ -154,8 +177,7 @@ static inline void strip(const Packed &w, const Scratch &scratch, int64_t row, i
         return;
     }
     for (int64_t p = panel; p < last_panel; p++)
-        rows > 16 ? integer_block<true>(w, scratch, w.panel(p), row, rows, p, out)
-                  : integer_block<false>(w, scratch, w.panel(p), row, rows, p, out);
+        integer_block(w, scratch, w.panel(p), row, rows, p, out);
 }
 
 // All rows of some panels of 4 bits, each unpacked once.
@@ -164,11 +186,8 @@ static inline void unpacked_panels(const Packed &w, const Scratch &scratch, int6
                                    int64_t last_panel, const Output<T> &out, uint8_t *bytes) {
     for (int64_t p = panel; p < last_panel; p++) {
         unpack_fours(w.panel(p), w.padded() / 4, bytes);
-        for (int64_t r = row; r < end; r += 32) {
-            const int64_t rows = std::min<int64_t>(32, end - r);
-            rows > 16 ? integer_block<true>(w, scratch, bytes, r, rows, p, out)
-                      : integer_block<false>(w, scratch, bytes, r, rows, p, out);
-        }
+        for (int64_t r = row; r < end; r += 32)
+            integer_block(w, scratch, bytes, r, std::min<int64_t>(32, end - r), p, out);
     }
 }
 
@@ -176,8 +195,8 @@ static inline void unpacked_panels(const Packed &w, const Scratch &scratch, int6
 template <class T>
 static inline void product_block(const Packed &w, const Scratch &scratch, int64_t row, int64_t end, int64_t panel,
                                  int64_t last_panel, const Output<T> &out) {
-    constexpr int64_t FEW = 4;  // rows for which dot products are as fast as tiles
-    if (w.kind != BF16 && end - row <= FEW) {
+    const int64_t few = w.kind == GROUPS ? 8 : 4;  // rows for which dot products are as fast as tiles
+    if (w.kind != BF16 && end - row <= few) {
         for (int64_t p = panel; p < last_panel; p++)
             w.bits == 8 ? integer_rows<8>(w, scratch, row, end, p, out) : integer_rows<4>(w, scratch, row, end, p, out);
         return;

@@ -6,6 +6,7 @@ It sees the last n − 1 tokens and nothing else: a fixed window, as an n-gram m
 they learn between similar tokens. Where the window reaches over the beginning of a document it holds zeros.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -66,8 +67,8 @@ class NeuralNGramModule(MixerModule):
         return RecurrentState(before=torch.zeros(batch, self.seen - 1, self.width, dtype=dtype, device=device))
 
     def cost(self, name: str, context_length: int) -> Cost:
-        parts = [self.input.cost("input"), Cost("act", 0, self.value.hidden, 2.0 * self.value.hidden), self.out.cost("out")]
+        parts = [self.input.cost("input"), Cost("act", 0, self.value.hidden), self.out.cost("out")]
         parts.append(Cost("state", fixed_state_bytes=2.0 * (self.seen - 1) * self.width))
         if self.direct is not None:
-            parts.append(self.direct.cost("direct"))
+            parts.append(replace(self.direct.cost("direct"), activation_bytes=0.0))  # the input of `input`
         return Cost.sum(name, tuple(parts), f"{self.seen} tokens, {self.value.hidden} channels")

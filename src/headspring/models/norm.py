@@ -88,7 +88,7 @@ class RMSNormModule(NormModule):
 
     def cost(self, name: str) -> Cost:
         parameters = 0 if self.weight is None else self.width
-        return Cost(name, parameters, 4.0 * self.width, 2.0 * self.width, 0.0, f"{self.width}")
+        return Cost(name, parameters, 4.0 * self.width, 2.0 * self.width + 4, 0.0, f"{self.width}")
 
 
 class LayerNormModule(NormModule):
@@ -112,4 +112,4 @@ class LayerNormModule(NormModule):
 
     def cost(self, name: str) -> Cost:
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        return Cost(name, parameters, 6.0 * self.width, 2.0 * self.width, 0.0, f"{self.width}")
+        return Cost(name, parameters, 6.0 * self.width, 2.0 * self.width + 8, 0.0, f"{self.width}")

@@ -8,6 +8,7 @@ product reads them (`native_attention.cpp`); so a page is used where it lies and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +18,10 @@ from headspring.models.state import LayerState
 
 
 class Pages:
-    """The pool of one layer: keys (P, K, PAGE, C) and values (P, K, C, PAGE). `group`: see `Ragged.tables`."""
+    """The pool of one layer: keys (P, K, PAGE, C) and values (P, K, C, PAGE). `group`: see `Ragged.tables`. The first pool of a
+    model keeps what `fused_block` has made of its layers, so that the one goes with the other."""
+
+    fused: Any = None
 
     def __init__(
         self, count: int, kv_heads: int, channels: int, dtype: torch.dtype, device: torch.device, group: int | None = None

@@ -52,11 +52,14 @@ def constant(value: float) -> Callable[[torch.Tensor, torch.Generator], object]:
 class Cost:
     """What one part costs in a forward pass.
 
-    `flops` multiply–adds count two, per token; `activation_bytes` that a backward pass keeps, per token, at two bytes an
-    element: each tensor that an operator saves once, whoever else reads it, where an operator of `kernels` saves what it reads,
-    long attention forms its pattern again, and statistics of a row, integers and masks are left out; `state_bytes` of the cache, per token, at two bytes an element; `fixed_state_bytes` of a memory that does not grow,
-    per sequence, two bytes an element but four where it is kept in float32 whatever the activations;
+    `flops` multiply–adds count two, per token; `activation_bytes` that a backward pass keeps, per token, of activations in half
+    precision; `state_bytes` of the cache, per token, at two bytes an element; `fixed_state_bytes` of a memory that does not
+    grow, per sequence, two bytes an element but four where it is kept in float32 whatever the activations;
     `idle_parameters` are those of experts that a token does not go to. `children` sum to the part.
+
+    The rule for activations: what autograd saves, each tensor once whoever else reads it, so that a part counts what it reads
+    unless another part has; a fused operator of `kernels` saves what it reads and its statistics; attention that no fused
+    kernel takes forms its pattern again where the sequence is long. Integers and masks of bits are left out.
     """
 
     name: str

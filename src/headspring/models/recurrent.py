@@ -220,8 +220,9 @@ class RecurrentModule(MixerModule):
 
     def cost(self, name: str, context_length: int) -> Cost:
         size = self.value.gates * self.hidden
-        recur = Cost("memory", size * self.hidden + size, 2.0 * size * self.hidden, 2.0 * size, 0.0, f"{self.hidden} → {size}")
-        gates = Cost("gates", 0, (8.0 if self.value.gates > 1 else 1.0) * self.hidden, 2.0 * 2 * self.hidden)
+        steps = 2.0 * self.hidden * (7 if self.value.gates > 1 else 1)  # gates, memories and what is between, by torch's own
+        recur = Cost("memory", size * self.hidden + size, 2.0 * size * self.hidden, steps, 0.0, f"{self.hidden} → {size}")
+        gates = Cost("gates", 0, (8.0 if self.value.gates > 1 else 1.0) * self.hidden)
         kept = Cost("state", fixed_state_bytes=4.0 * self.hidden * len(self.value.memories))
         parts = [self.input.cost("input"), recur, gates, kept]
         if self.out is not None:

@@ -171,7 +171,7 @@ class RouterModule(PartModule):
     def cost(self, name: str) -> Cost:
         experts, width = self.weight.shape
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        return Cost(name, parameters, 2.0 * experts * width, 2.0 * width + 4.0 * experts, 0.0, f"{self.top} of {experts}")
+        return Cost(name, parameters, 2.0 * experts * width, 4.0 * (width + experts), 0.0, f"{self.top} of {experts}")
 
 
 class SoftmaxRouterModule(RouterModule):

@@ -113,8 +113,9 @@ class _Head:
             return _losses_and_gradient(logits, targets)
         bounded = torch.tanh(logits.float() / self.softcap)
         slope = 1.0 - bounded.square()
-        losses, gradient = _losses_and_gradient((self.softcap * bounded).to(rows.dtype), targets)
-        return losses, gradient * slope.to(gradient.dtype)
+        # Not rounded again, so that the losses are those of `ModelModule.logits`.
+        losses, gradient = _losses_and_gradient(self.softcap * bounded, targets)
+        return losses, (gradient * slope).to(rows.dtype)
 
     def add(self, gradient: torch.Tensor, rows: torch.Tensor) -> None:
         """Sum the head's own gradients, in float32."""

@@ -13,10 +13,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from headspring.models import fused_block
 from headspring.models.block import Block, BlockModule
 from headspring.models.context import Context
 from headspring.models.embedding import Bias, Embed, EmbedModule, Head, Table
+from headspring.models.fused_block import FusedStack
 from headspring.models.initialisation import Init, ZeroOutput, count_branches
 from headspring.models.mixer import Mixer
 from headspring.models.model import Model, ModelModule
@@ -137,8 +137,7 @@ class StackModule(ModelModule):
         """Hidden states of all tokens; `layers` are the memories of the blocks, `place` puts vectors among the embeddings."""
         x = self.embed(tokens, self.compute_dtype, context.positions, types)
         x = self.site("embed", x if place is None else place(x))
-        fused = fused_block.FusedStack.of(self, self.layers, layers) if fused_block.applies(x, context) else None
-        done = 0
+        fused, done = FusedStack.of(self.layers, layers or (), x, context), 0
         for index, block in enumerate(self.layers):
             if index < done:
                 continue

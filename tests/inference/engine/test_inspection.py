@@ -9,14 +9,18 @@ import pytest
 import torch
 
 from headspring.artifacts import UserError
-from headspring.inference import SamplingParams
+from headspring.inference import LanguageModel, SamplingParams
 from headspring.inference.engine import Engine, EngineConfig
 from headspring.inference.generation import uniform_numbers
 from headspring.inference.inspection import Inspection, Probe, watching
 from headspring.inference.sampling import RowParams, pick
-from headspring.models import Attention, Block, Mamba, SwiGLU
+from headspring.inference.speculation import PromptLookup
+from headspring.models import Attention, Block, Mamba, SwiGLU, kernels
+from headspring.models.families import FAMILIES
 from headspring.models.ragged import Ragged
+from headspring.models.scoring import log_probs
 from tests.inference.tiny import tiny_model
+from tests.models.conftest import randomise
 
 WIDTH, HEADS, CHANNELS, NEW = 32, 4, 8, 9
 PROMPT = [(7 * place) % 120 for place in range(40)]
@@ -309,3 +313,78 @@ def test_a_recurrent_layer_can_be_seen_and_steered(tokenizer):
             expected = whole(model, prompt + job.generations[0].token_ids[:-1], [site, STREAM], edits)
             for name, value in job.seen[0].activations.items():
                 torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_language_model_takes_an_inspection(model, tokenizer):
+    lm, (inspection, functions) = LanguageModel(model, tokenizer), EDITS["steer"]
+    both = Inspection(capture=[STREAM], steer=inspection.steer)
+    first, second = lm.generate([PROMPT, PROMPT[:9]], GREEDY, edits=both)
+    assert first.token_ids == naive(model, PROMPT, GREEDY, functions).tokens
+    for answer, prompt in ((first, PROMPT), (second, PROMPT[:9])):
+        expected = whole(model, prompt + answer.token_ids[:-1], [STREAM], functions)[STREAM]
+        torch.testing.assert_close(answer.seen.activations[STREAM], expected, rtol=1e-4, atol=1e-4)
+    assert lm.generate([PROMPT], GREEDY)[0].seen is None
+
+
+def test_the_best_of_several_bring_their_own_captures(model, tokenizer):
+    for options in ({"best_of": 4, "n": 2}, {"beam_width": 3, "n": 2, "temperature": 0.0}):
+        params = DRAWN.model_copy(update={"seed": 3, **options})
+        (job,), _ = serve(model, tokenizer, [(PROMPT, params, Inspection(capture=[STREAM]))], chunk=16)
+        for answer in job.generations:
+            expected = whole(model, PROMPT + answer.token_ids[:-1], [STREAM])[STREAM]
+            torch.testing.assert_close(answer.seen.activations[STREAM], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_decoder_can_be_steered(tokenizer):
+    """Rows are those of the decoder; what the encoder reads has none for a token of the answer."""
+    value = FAMILIES["encoder_decoder"]()
+    sides = {side: getattr(value, side).model_copy(update={"vocab": tokenizer.vocab_size}) for side in ("encoder", "decoder")}
+    model = randomise(value.model_copy(update={"vocab": tokenizer.vocab_size, **sides}).build()).eval()
+    site, width = "decoder.layers.0.residual.post", model.config.width
+    steering = Inspection(capture=[site], steer=[{"site": site, "vector": [1.0] * width}])
+    source = [3, 9, 4, 11]
+    engine = Engine(model, tokenizer, EngineConfig())
+    job = engine.submit((), GREEDY, source=source, edits=steering)
+    engine.run()
+    tokens = torch.tensor([[model.config.start, *job.generations[0].token_ids[:-1]]])
+    with torch.inference_mode(), model.sites.edit({site: lambda x: x + 1.0}), model.sites.capture([site]) as seen:
+        logits = model.logits(model(tokens, source=torch.tensor([source])))
+    assert logits.argmax(-1)[0].tolist() == job.generations[0].token_ids
+    torch.testing.assert_close(job.seen[0].activations[site], seen[site][0], rtol=1e-3, atol=1e-3)
+    with pytest.raises(UserError, match="no row for each token"):
+        engine.submit((), GREEDY, source=source, edits=Inspection(capture=["encoder.layers.0.residual.post"]))
+
+
+def test_bits_are_those_of_one_pass_under_any_schedule(tokenizer):
+    """In bfloat16 by native products: captures, edited answers and neighbours, in chunks, company, few pages and speculation."""
+    block = Block(mixer=Attention(heads=2, kv_heads=1), feedforward=SwiGLU(hidden=96))
+    model = tiny_model(tokenizer.vocab_size, width=64, layers=(block, block), context=128).to(torch.bfloat16).eval()
+    model.compute_dtype = torch.bfloat16
+    if not kernels.multiplies_natively(torch.empty(0, dtype=torch.bfloat16)):
+        return
+    vector = torch.linspace(-1, 1, 64)
+    steering = Inspection(capture=["layers.1.residual.mid", "final"], steer=[{"site": STREAM, "vector": vector, "start": -3}])
+    both = Inspection(capture=["layers.0.mixer.k", "final"])
+
+    def edit(x):
+        x = x.clone()
+        x[:, 37:] = (x[:, 37:].float() + vector).to(x.dtype)
+        return x
+
+    page = sum(pool.bytes_per_page for pool in model.new_pages(1))
+    configs = [{}, {"chunk": 9}, {"chunk": 16, "memory": 3 * page, "context": 64}, {"chunk": 64, "speculation": PromptLookup()}]
+    preempted = 0
+    for config in configs:
+        asked = [(PROMPT, params, one) for params in (GREEDY, DRAWN) for one in (steering, None, both)]
+        jobs, engine = serve(model, tokenizer, asked, **config)
+        preempted += engine.stats().preemptions
+        for job, (prompt, _, one) in zip(jobs, asked):
+            edits = {STREAM: edit} if one is steering else {}
+            tokens = prompt + job.generations[0].token_ids
+            with torch.inference_mode(), model.sites.edit(edits):
+                scores = log_probs(model, model(torch.tensor([tokens[:-1]])), torch.tensor([tokens[1:]]))[0]
+            assert scores[len(prompt) - 1 :].tolist() == job.generations[0].logprobs
+            if one is not None:
+                expected = whole(model, tokens[:-1], list(one.capture), edits)
+                assert all(torch.equal(job.seen[0].activations[site], expected[site]) for site in one.capture)
+    assert preempted

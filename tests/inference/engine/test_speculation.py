@@ -183,7 +183,7 @@ def test_a_head_that_is_trained_is_right(headed):
 def test_models_that_fold_what_they_read(recurrent, value, options):
     """A recurrent state cannot be shortened: it goes back to a copy and reads again."""
     expected, _ = answers(recurrent, None, **OPTIONS[options])
-    found, engine = answers(recurrent, value, **OPTIONS[options])
+    found, _ = answers(recurrent, value, **OPTIONS[options])
     assert_equal(found, expected)
 
 

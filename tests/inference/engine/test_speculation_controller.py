@@ -1,5 +1,7 @@
 """Speculation stays on where it pays and goes off where it does not, by a clock that the test turns."""
 
+from itertools import pairwise
+
 import pytest
 
 from headspring.inference import LanguageModel
@@ -31,7 +33,7 @@ def test_what_does_not_pay_goes_off_and_is_tried_again_more_and_more_seldom():
     ways = play(Controller(), 4000, {True: 1.0, False: 1.1})
     trials = [i for i in range(1, len(ways)) if ways[i] and not ways[i - 1]]
     assert sum(ways) < 0.03 * len(ways) and len(trials) >= 3
-    gaps = [b - a for a, b in zip(trials, trials[1:])]
+    gaps = [b - a for a, b in pairwise(trials)]
     assert gaps == sorted(gaps) and gaps[-1] > gaps[0]
 
 

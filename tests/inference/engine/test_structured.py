@@ -1,4 +1,4 @@
-"""Structured output: every answer that ends by itself matches, nothing else is let through, and nobody can make it expensive."""
+"""Structured output: answers that end by themselves match, nothing else is let through, and nobody can make it expensive."""
 
 import json
 import random

@@ -5,6 +5,7 @@ it (`Sampler`). Several answers to one prompt (n, best_of, beams) are one sequen
 all first tokens come from the same row.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,7 +71,8 @@ class Answering:
             if item.count == sequence.uncomputed:
                 item.rows = 1
             if sequence.job.wants_prompt and sequence.computed < len(sequence.job.prompt):
-                item.rows = item.count - max(0, len(sequence.job.prompt_logprobs) - sequence.computed)
+                known = max(0, len(sequence.job.prompt_logprobs) - sequence.computed)
+                item.rows = max(item.rows, item.count - known)
 
     # ---- after it
 
@@ -124,23 +126,37 @@ class Answering:
         return [sequence, *siblings]
 
     def _sample(self, asking: list[Asking]) -> None:
-        """One call of the sampler for all rows."""
-        logits = self.engine.model.logits(torch.cat([rows for _, rows, _ in asking]))
-        before = [len(sequence.request.token_ids) for sequence, _, _ in asking]
+        """One call of the sampler for all rows; where it raises, one for each, and who raises alone has failed alone."""
         requests, proposals = [sequence.request for sequence, _, _ in asking], [proposed for _, _, proposed in asking]
-        failures = self.sampler.sample(requests, logits, proposals)
-        for (sequence, rows, proposed), known, failure in zip(asking, before, failures, strict=True):
-            if sequence.job.finished:
-                continue  # by what it was told of another answer
-            if failure is not None:
-                self.engine.end(sequence.job, "failed", failure)
-                continue
-            new = sequence.request.token_ids[known:]
-            sequence.tokens += new
-            self.tokens += len(new)
-            if self.engine.speculator is not None:
-                self.engine.speculator.check(sequence.request, len(proposed), rows[: len(new)])
-            self._tell(sequence, known)
+        try:
+            logits = self.engine.model.logits(torch.cat([rows for _, rows, _ in asking]))
+            failures = self.sampler.sample(requests, logits, proposals)
+        except Exception as error:
+            if len(asking) > 1:
+                for sequence, rows, proposed in asking:
+                    if len(sequence.request.prompt) + len(sequence.request.token_ids) > len(sequence.tokens):
+                        self._take(sequence, rows, len(proposed), None)  # it had its tokens before another one raised
+                    elif not sequence.job.finished:
+                        self._sample([(sequence, rows, proposed)])
+                return
+            failures = [error]
+        for (sequence, rows, proposed), failure in zip(asking, failures, strict=True):
+            self._take(sequence, rows, len(proposed), failure)
+
+    def _take(self, sequence: Sequence, rows: Tensor, proposed: int, failure: Exception | None) -> None:
+        """A sequence got tokens by these rows, or a failure."""
+        if sequence.job.finished:
+            return  # by what it was told of another answer
+        known = len(sequence.tokens) - len(sequence.request.prompt)
+        new = sequence.request.token_ids[known:]
+        if failure is not None:
+            self.engine.end(sequence.job, "failed", failure)
+            return
+        sequence.tokens += new
+        self.tokens += len(new)
+        if self.engine.speculator is not None:
+            self.engine.speculator.check(sequence.request, proposed, rows[: len(new)])
+        self._tell(sequence, known)
 
     # ---- beams
 
@@ -210,7 +226,7 @@ class Answering:
                 job.seen[sequence.answer] = sequence.probe.seen(len(sequence.tokens) - 1)
             self.engine.scheduler.remove(sequence)
             job.sequences.remove(sequence)
-        if not job.chooses:
+        if job.notify is not None and not job.chooses:
             self._notify(job, update_of(sequence, known))
         finished = len(job.requests) == job.params.answers and not job.sequences  # the others may end in this very step
         if finished and not job.finished:

@@ -130,13 +130,14 @@ def certify(lm: LanguageModel, quick: bool = True, fresh: bool = False) -> Certi
 
 
 def weights_digest(model: ModelModule) -> str:
-    """sha256 over every tensor that the model computes with, packed ones included."""
+    """sha256 over every tensor that the model computes with. Of packed ones those that are no copy of a parameter."""
     total = hashlib.sha256()
     for name, module in model.named_modules():
         held: dict[str, object] = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
         for attribute in ("packed", "joined", "packed_head"):
             matrix = getattr(module, attribute, None)
-            tensors = () if matrix is None else (matrix.values, matrix.scales, matrix.minimums)
+            copied = matrix is None or (matrix.kind == "bf16" and not model.released)
+            tensors = () if copied else (matrix.values, matrix.scales, matrix.minimums)
             held |= {f"{attribute}.{number}": tensor for number, tensor in enumerate(tensors)}
         for part, tensor in sorted(held.items()):
             if isinstance(tensor, Tensor):
@@ -146,7 +147,7 @@ def weights_digest(model: ModelModule) -> str:
 
 
 def _precision(model: ModelModule) -> str:
-    kinds = {matrix.kind for module in model.modules() if (matrix := getattr(module, "packed", None)) is not None}
+    kinds = {matrix.kind for module in model.modules() if (matrix := getattr(module, "packed", None)) is not None} - {"bf16"}
     compute = str(model.compute_dtype).removeprefix("torch.")
     return f"{compute} with {' and '.join(sorted(kinds))} weights" if kinds else compute
 
@@ -180,13 +181,14 @@ class _Proof:
     # ---- what is checked
 
     def checks(self) -> Iterator[Check]:
-        trains = not any(getattr(module, "packed", None) is not None for module in self.lm.model.modules())
+        packed = (getattr(module, "packed", None) for module in self.lm.model.modules())
+        trains = not self.lm.model.released and all(matrix is None or matrix.kind == "bf16" for matrix in packed)
         for name, score in (("a padded batch", self._padded), ("packed documents", self._documents)):
             yield self._scored(f"trainer, {name}, no gradients", score)
             if trains:
                 yield self._scored(f"trainer, {name}, with gradients", partial(self._learning, score))
             else:
-                yield Check(name=f"trainer, {name}, with gradients", compared=0, note="packed weights are not trained")
+                yield Check(name=f"trainer, {name}, with gradients", compared=0, note="quantized weights are not trained")
         yield self._scored(f"trainer, {self.threads} threads", self._threaded)
         yield self._scored("evaluator", lambda: self.lm.logprobs(self.rows))
         yield self._engine("engine, alone", Schedule(), lambda stats: "")

@@ -202,12 +202,13 @@ def groups_in(config: EngineConfig, model: ModelModule, sizes: Mapping[int | Non
     memory, and no more than can be used at once. Raises `UserError` where not even one page of each fits."""
     context = min(model.config.context, config.context or model.config.context)
     most = {window: Group(window, 0).most_pages(context, config.chunk) for window in sizes}
-    bytes_each = sum(size * most[window] for window, size in sizes.items())
+    bytes_each = sum(size * most[window] * (1 if window is None else 2) for window, size in sizes.items())
     memory = config.memory or default_memory(model.device)
     share = config.max_sequences if bytes_each == 0 else min(config.max_sequences, memory / bytes_each)
     if config.memory is None:
         share = max(share, 1)  # nobody set a limit: whatever the model is made for can be asked
-    groups = [Group(window, int(share * most[window])) for window in sizes]
+    # Of what a window has passed, as much again stays for prompts that begin alike.
+    groups = [Group(window, int(share * most[window] * (1 if window is None else 2))) for window in sizes]
     if any(group.num_pages == 0 for group in groups):
         raise UserError(f"{memory} bytes are less than one page of {sum(sizes.values())} bytes for {PAGE} tokens; raise memory")
     return groups

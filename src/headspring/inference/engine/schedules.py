@@ -112,8 +112,11 @@ def _config(model: ModelModule, asked: Sequence[Asked], schedule: Schedule, debu
     if schedule.room is None or not (isinstance(model, StackModule) and model.side_by_side):
         return config
     longest = max(len(prompt) + params.max_tokens for prompt, params in asked)
-    pools = [pool for pool in model.new_pages(1) if pool is not None]
-    whole = sum(pool.bytes_per_page * Group(pool.group, 0).most_pages(longest, schedule.chunk) for pool in pools)
+    whole = sum(
+        pool.bytes_per_page * Group(pool.group, 0).most_pages(longest, schedule.chunk) * (1 if pool.group is None else 2)
+        for pool in model.new_pages(1)
+        if pool is not None
+    )  # an engine gives layers with a window twice what they need at least
     memory = math.ceil(whole * schedule.room * (1 + 1e-9))
     return config.model_copy(update={"context": longest, "memory": memory} if whole else {})
 

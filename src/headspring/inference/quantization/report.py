@@ -93,7 +93,7 @@ def sizes(original: ModelModule, quantized: ModelModule) -> dict[str, Any]:
     rest = [parameter for name, parameter in quantized.named_parameters() if name not in matrices]
     kept = sum(parameter.nbytes for parameter in rest)
     return {
-        "bits": sum(stored.values()) / numbers,
+        "bits": sum(stored.values()) / numbers if numbers else 8.0 * kept / sum(parameter.numel() for parameter in rest),
         "quantized": numbers,
         "kept": sum(parameter.numel() for parameter in rest),
         "bytes": kept + sum(stored.values()) // 8,

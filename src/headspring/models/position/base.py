@@ -19,10 +19,11 @@ class Position(Variant):
 
 class PositionModule(PartModule):
     """The hooks do nothing here. `key` names what `prepare` puts into the context; layers alike have the same. `biased` says
-    that something is added to the scores."""
+    that something is added to the scores, `learned` that it has parameters."""
 
     key: str = ""
     biased = False
+    learned = False
     by_length = False
 
     def regime(self, length: int) -> int:

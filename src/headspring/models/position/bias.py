@@ -109,6 +109,8 @@ class ALiBiModule(ScoreBiasModule):
 class T5BiasModule(ScoreBiasModule):
     """A row of `weight` (buckets, H) for each distance."""
 
+    learned = True
+
     def __init__(self, value: T5Bias, heads: int, causal: bool):
         super().__init__()
         self.value, self.causal = value, causal
@@ -132,7 +134,7 @@ class T5BiasModule(ScoreBiasModule):
 class SharedBiasModule(ScoreBiasModule):
     """Has the table of a layer before it, and where that has made the whole bias, that."""
 
-    key = SHARED
+    key, learned = SHARED, True
 
     def __init__(self, heads: int):
         super().__init__()
