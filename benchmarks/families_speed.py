@@ -1,6 +1,7 @@
 """Training speed of each family against its reference in transformers: the same weights, tokens and loss, in turns, in one run.
 
-    python benchmarks/families_speed.py [--pairs mamba mamba2 ...] [--compiled] [--length 512 --batch 4 --width 256 --layers 2]
+    python benchmarks/families_speed.py [--pairs bert t5 ...] [--compiled] [--length 512 --batch 4 --width 256 --layers 2]
+    python benchmarks/families_speed.py --length 256 --batch 2 --turns 3       every pair, in a few minutes
 
 A pair is a function that gives the reference's config (`pair` registers it); our model is the reference's folder, read by its
 dialect, so that both compute one function, which is checked on the loss. A step is forward and backward. Turns
@@ -100,45 +101,228 @@ def mixtral(sizes: argparse.Namespace) -> Any:
     return MixtralConfig(**common(sizes, 4 / 3), num_local_experts=8, num_experts_per_tok=2)
 
 
-NEEDS_EAGER = ("gemma2", "mamba", "mamba2")  # the others take scaled_dot_product_attention, their fastest
+@pair
+def mistral(sizes: argparse.Namespace) -> Any:
+    from transformers import MistralConfig
+
+    return MistralConfig(**common(sizes), sliding_window=sizes.length // 4)
+
+
+@pair
+def qwen2(sizes: argparse.Namespace) -> Any:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(**{key: value for key, value in common(sizes).items() if key != "head_dim"})
+
+
+@pair
+def phi3(sizes: argparse.Namespace) -> Any:
+    from transformers import Phi3Config
+
+    settings = {key: value for key, value in common(sizes).items() if key != "head_dim"}
+    return Phi3Config(**settings, pad_token_id=0, original_max_position_embeddings=2 * sizes.length)
+
+
+@pair
+def gemma3(sizes: argparse.Namespace) -> Any:
+    from transformers import Gemma3TextConfig
+
+    return Gemma3TextConfig(**common(sizes), query_pre_attn_scalar=64, sliding_window=sizes.length // 4)
+
+
+@pair
+def gpt_neox(sizes: argparse.Namespace) -> Any:
+    from transformers import GPTNeoXConfig
+
+    return GPTNeoXConfig(
+        vocab_size=sizes.vocab, hidden_size=sizes.width, num_hidden_layers=sizes.layers, intermediate_size=4 * sizes.width,
+        num_attention_heads=sizes.width // 64, max_position_embeddings=2 * sizes.length,
+    )  # fmt: skip
+
+
+@pair
+def opt(sizes: argparse.Namespace) -> Any:
+    from transformers import OPTConfig
+
+    return OPTConfig(
+        vocab_size=sizes.vocab, hidden_size=sizes.width, num_hidden_layers=sizes.layers, ffn_dim=4 * sizes.width,
+        num_attention_heads=sizes.width // 64, max_position_embeddings=2 * sizes.length, word_embed_proj_dim=sizes.width,
+        dropout=0.0,
+    )  # fmt: skip
+
+
+@pair
+def bloom(sizes: argparse.Namespace) -> Any:
+    from transformers import BloomConfig
+
+    return BloomConfig(
+        vocab_size=sizes.vocab, hidden_size=sizes.width, n_layer=sizes.layers, n_head=sizes.width // 64,
+        seq_length=2 * sizes.length,
+    )  # fmt: skip
+
+
+@pair
+def falcon(sizes: argparse.Namespace) -> Any:
+    from transformers import FalconConfig
+
+    return FalconConfig(
+        vocab_size=sizes.vocab, hidden_size=sizes.width, num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.width // 64, max_position_embeddings=2 * sizes.length,
+    )  # fmt: skip
+
+
+@pair
+def qwen3_moe(sizes: argparse.Namespace) -> Any:
+    from transformers import Qwen3MoeConfig
+
+    hidden = 32 * round(sizes.width / 24)
+    return Qwen3MoeConfig(**common(sizes), num_experts=8, num_experts_per_tok=2, moe_intermediate_size=hidden)
+
+
+@pair
+def gpt_oss(sizes: argparse.Namespace) -> Any:
+    from transformers import GptOssConfig
+
+    settings = common(sizes, 4 / 3) | {"sliding_window": sizes.length // 4}
+    return GptOssConfig(**settings, num_local_experts=8, num_experts_per_tok=2)
+
+
+@pair
+def deepseek_v3(sizes: argparse.Namespace) -> Any:
+    from transformers import DeepseekV3Config
+
+    settings = {key: value for key, value in common(sizes).items() if key != "head_dim"}
+    return DeepseekV3Config(
+        **settings, q_lora_rank=sizes.width // 2, kv_lora_rank=sizes.width // 4, qk_nope_head_dim=64, qk_rope_head_dim=32,
+        v_head_dim=64, n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1, n_shared_experts=1,
+        moe_intermediate_size=32 * round(sizes.width / 32), first_k_dense_replace=1,
+    )  # fmt: skip
+
+
+def two_sided(sizes: argparse.Namespace) -> dict[str, Any]:
+    """What BERT and RoBERTa call their sizes."""
+    return {
+        "vocab_size": sizes.vocab, "hidden_size": sizes.width, "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.width // 64, "intermediate_size": 4 * sizes.width,
+        "max_position_embeddings": 2 * sizes.length, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+
+
+@pair
+def bert(sizes: argparse.Namespace) -> Any:
+    from transformers import BertConfig
+
+    return BertConfig(**two_sided(sizes))
+
+
+@pair
+def roberta(sizes: argparse.Namespace) -> Any:
+    from transformers import RobertaConfig
+
+    return RobertaConfig(**two_sided(sizes), type_vocab_size=1, pad_token_id=0)
+
+
+@pair
+def modernbert(sizes: argparse.Namespace) -> Any:
+    from transformers import ModernBertConfig
+
+    return ModernBertConfig(
+        vocab_size=sizes.vocab, hidden_size=sizes.width, num_hidden_layers=sizes.layers, intermediate_size=2 * sizes.width,
+        num_attention_heads=sizes.width // 64, max_position_embeddings=2 * sizes.length, global_attn_every_n_layers=2,
+        local_attention=sizes.length // 4, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+
+
+@pair
+def t5(sizes: argparse.Namespace) -> Any:
+    from transformers import T5Config
+
+    return T5Config(
+        vocab_size=sizes.vocab, d_model=sizes.width, num_layers=sizes.layers, d_kv=64, num_heads=sizes.width // 64,
+        d_ff=4 * sizes.width, dropout_rate=0.0, decoder_start_token_id=0,
+    )  # fmt: skip
+
+
+@pair
+def bart(sizes: argparse.Namespace) -> Any:
+    from transformers import BartConfig
+
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (("layers", sizes.layers), ("attention_heads", sizes.width // 64), ("ffn_dim", 4 * sizes.width))
+    }
+    return BartConfig(
+        vocab_size=sizes.vocab, d_model=sizes.width, max_position_embeddings=2 * sizes.length, dropout=0.0, **sides,
+    )  # fmt: skip
+
+
+# The others take scaled_dot_product_attention, their fastest.
+NEEDS_EAGER = ("gemma2", "mamba", "mamba2", "gpt_oss")
+GUESSES_HIDDEN = ("bert", "roberta", "modernbert")
+READS_A_SOURCE = ("t5", "bart")
 
 
 def build(name: str, sizes: argparse.Namespace) -> tuple[Any, Any]:
     """Ours and theirs, with the same weights."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from headspring.models.dialects import import_huggingface
 
     torch.manual_seed(0)
     attention = "eager" if name in NEEDS_EAGER else "sdpa"
-    theirs = AutoModelForCausalLM.from_config(PAIRS[name](sizes), attn_implementation=attention).train()
+    kind = "MaskedLM" if name in GUESSES_HIDDEN else "Seq2SeqLM" if name in READS_A_SOURCE else "CausalLM"
+    made = getattr(transformers, f"AutoModelFor{kind}")
+    theirs = made.from_config(PAIRS[name](sizes), attn_implementation=attention).float().train()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = import_huggingface(folder).train()
     return ours, theirs
 
 
-def steps(ours: Any, theirs: Any, tokens: torch.Tensor, compiled: bool, bf16: bool) -> dict[str, Callable[[], float]]:
-    """A step of each: forward and backward of the mean loss of the next token."""
+def losses(name: str, ours: Any, theirs: Any, sizes: argparse.Namespace) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The mean loss of each on the same random tokens: of the next token, of every token at its own place (an encoder hides
+    some, which costs no less), or of an answer as long as its source."""
     from headspring.models.scoring import cross_entropy_sum
 
-    if bf16:
+    tokens = torch.randint(3, sizes.vocab, (sizes.batch, sizes.length + 1))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    if name in GUESSES_HIDDEN:
+        return (
+            lambda: cross_entropy_sum(ours, ours(inputs), targets) / targets.numel(),
+            lambda: theirs(inputs, labels=targets).loss,
+        )
+    if name in READS_A_SOURCE:
+        return (
+            lambda: cross_entropy_sum(ours, ours(inputs, source=targets), targets) / targets.numel(),
+            lambda: theirs(targets, decoder_input_ids=inputs, labels=targets, use_cache=False).loss,
+        )
+    return (
+        lambda: cross_entropy_sum(ours, ours(inputs), targets) / targets.numel(),
+        lambda: theirs(tokens, labels=tokens, use_cache=False).loss,
+    )
+
+
+def steps(name: str, ours: Any, theirs: Any, sizes: argparse.Namespace) -> dict[str, Callable[[], float]]:
+    """A step of each: forward and backward of the mean loss."""
+    if sizes.bf16:
         ours.compute_dtype = torch.bfloat16
-    if compiled:
+    if sizes.compiled:
         for block in ours.blocks():
             block.compile()
         theirs = torch.compile(theirs)
+    own, reference = losses(name, ours, theirs, sizes)
 
     def step_ours() -> float:
         ours.zero_grad()
-        loss = cross_entropy_sum(ours, ours(tokens[:, :-1]), tokens[:, 1:]) / tokens[:, 1:].numel()
+        loss = own()
         torch.autograd.backward(loss)
         return float(loss)
 
     def step_theirs() -> float:
         theirs.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = theirs(tokens, labels=tokens, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=sizes.bf16):
+            loss = reference()
         torch.autograd.backward(loss)
         return float(loss)
 
@@ -148,21 +332,20 @@ def steps(ours: Any, theirs: Any, tokens: torch.Tensor, compiled: bool, bf16: bo
 def measure(name: str, sizes: argparse.Namespace) -> dict[str, Any]:
     """Seconds of turns, after one that does not count (in eager mode it does if it took longer than the patience)."""
     ours, theirs = build(name, sizes)
-    tokens = torch.randint(0, sizes.vocab, (sizes.batch, sizes.length + 1))
-    contenders = steps(ours, theirs, tokens, sizes.compiled, sizes.bf16)
+    contenders = steps(name, ours, theirs, sizes)
     seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
-    losses = {}
+    found = {}
     for turn in range(sizes.turns + 1):
         for contender, step in contenders.items():
             if seconds[contender] and max(seconds[contender]) > sizes.patience:
                 continue
             started = time.perf_counter()
-            losses[contender] = step()
+            found[contender] = step()
             taken = time.perf_counter() - started
             if turn or (taken > sizes.patience and not sizes.compiled):
                 seconds[contender].append(taken)
     allowed = 2e-2 if sizes.bf16 else 1e-4
-    assert abs(losses["headspring"] - losses["transformers"]) < allowed * losses["transformers"], losses
+    assert abs(found["headspring"] - found["transformers"]) < allowed * found["transformers"], found
     count = sizes.batch * sizes.length
     ratios = [b / a for a, b in zip(seconds["headspring"], seconds["transformers"])]
     return {

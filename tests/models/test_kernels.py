@@ -16,15 +16,16 @@ def has_products() -> bool:
 
 
 needs_products = pytest.mark.skipif(not has_products(), reason="no bfloat16 products on this processor")
-every_unit = pytest.mark.parametrize("unit", ["native", "vector"], indirect=True)
+
+
+def every_unit(test):
+    return needs_products(pytest.mark.parametrize("unit", ["native", "vector"], indirect=True)(test))
 
 
 @pytest.fixture
 def unit(request, monkeypatch):
     """Which instructions multiply: the processor's matrix unit where it has one, or its vectors."""
     monkeypatch.setenv("HEADSPRING_KERNELS", request.param)
-    if not has_products():
-        pytest.skip("no bfloat16 products of this kind")
 
 
 def operators(time: int = 5, channels: int = 24):

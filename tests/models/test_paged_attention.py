@@ -1,4 +1,4 @@
-"""Attention over pages gives the very rows that attention over the whole sequence gives, whatever the pages, chunks and company."""
+"""Attention over pages gives the very rows that attention over the whole sequence gives, whatever the pages and the company."""
 
 import pytest
 import torch

@@ -57,7 +57,9 @@ def test_frozen_weights_get_no_gradient():
 
 
 def build(**choices) -> torch.nn.Module:
-    block = Block(mixer=Attention(heads=4, kv_heads=2, head_dim=32, bias=choices.pop("bias", False)), feedforward=SwiGLU(hidden=96))
+    block = Block(
+        mixer=Attention(heads=4, kv_heads=2, head_dim=32, bias=choices.pop("bias", False)), feedforward=SwiGLU(hidden=96)
+    )
     model = Decoder(vocab=101, width=64, context=64, layers=repeat(2, block), **choices).build(seed=1)
     with torch.no_grad():  # matrices that start as nothing would hide half of the model
         for parameter in model.parameters():

@@ -25,6 +25,8 @@ from headspring.inference.engine.cache import PAGE, Group, Pool
 from headspring.inference.engine.sampler import Sampler
 from headspring.inference.generation import Request, most_probable
 from headspring.inference.sampling import SamplingParams
+from headspring.inference.speculation.speculator import Speculator
+from headspring.inference.speculation.values import PromptLookup
 from headspring.serving.loop import EngineLoop
 from headspring.serving.metrics import Metrics
 from headspring.serving.session import Session
@@ -43,6 +45,7 @@ class StandIn:
     """A model whose logits follow from a checksum of its whole context."""
 
     device = torch.device("cpu")
+    compute_dtype = torch.float32
 
     def __init__(self, vocab: int):
         self.config = tiny_decoder(vocab, context=CONTEXT)
@@ -95,6 +98,35 @@ class Runner:
 
     def boundary(self, sequence, length):
         return length
+
+
+class Guesses:
+    """Proposes what the stand-in finds most likely: right for greedy requests, mostly wrong for others; sometimes it breaks."""
+
+    way = True  # it is asked always, whether that pays or not
+
+    def __init__(self, model: StandIn, draw: random.Random):
+        self.model, self.draw = model, draw
+
+    def of(self, answers: int) -> "Guesses":
+        return self
+
+    def note(self, *_) -> None:
+        pass
+
+    def propose(self, requests, limits):
+        if self.draw.random() < 0.01:
+            raise Fault("a proposer that breaks")
+        return [self._guess(request, self.draw.randrange(limit + 1)) for request, limit in zip(requests, limits, strict=True)]
+
+    def _guess(self, request, count: int) -> list[int]:
+        context, guessed = request.prompt + request.token_ids, []
+        for _ in range(count):
+            guessed.append(int(self.model.table[self.model.hidden(context + guessed)].argmax()))
+        return guessed
+
+    def observe(self, request, hidden) -> None:
+        pass
 
 
 class Clock:
@@ -200,6 +232,10 @@ class World:
         self.runner = Runner(self.model, PAGES)
         config = EngineConfig(max_sequences=6, chunk=self.draw.choice((6, 16, 48)), max_queue=QUEUE, debug=debug)
         self.engine = Engine(self.model, tokenizer, config, runner=self.runner, clock=self.clock)
+        if self.draw.random() < 0.5:
+            guesses = Guesses(self.model, self.draw)
+            self.engine.speculator = Speculator(PromptLookup(), self.model, tokenizer, self.clock, guesses)
+            self.engine.speculator.proposer = guesses
         self.loop = EngineLoop({NAME: self.engine}, Metrics())
         self.kinds = [Kind(self, self.draw) for _ in range(24)]
         self.clients: list[Client] = []

@@ -1,4 +1,4 @@
-"""`headspring audit`: the first place where two models differ, and why; or whether one model computes one function everywhere."""
+"""`headspring audit`: the first place where two models differ, and why; or whether one computes the same everywhere."""
 
 import json
 from typing import Annotated, Any
@@ -24,14 +24,14 @@ def audit(
     tokens: Annotated[int | None, typer.Option(help="How many tokens to run. Default: enough to see beyond a window.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of a certificate: float32, bfloat16, or auto, as the weights are stored.")
+        str, typer.Option(help="Of a certificate: float32, bfloat16, or auto (as stored).")
     ] = "auto",
     quantize: Annotated[str | None, typer.Option(help="Of a certificate: quantize the weights first, such as int8.")] = None,
     long: Annotated[bool, typer.Option(help="A certificate over many more requests and schedules.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the finding as JSON.")] = False,
 ) -> None:
     """Run the same tokens through two models, and find the first part that differs and the mistake that explains it. Without
-    --compare: prove, on this machine, that training, evaluation and the engine give MODEL's log-probabilities bit for bit alike.
+    --compare: prove, on this machine, that training, evaluation and the engine give the same log-probabilities, bit for bit.
 
     Exit codes: 0 they are equal, 1 they differ, 2 they cannot be compared.
     """

@@ -30,7 +30,7 @@ Stop = Annotated[list[str] | None, typer.Option(help="End before this string; ma
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Quantize = Annotated[
-    str, typer.Option(help="int8, int4, int4-gptq, …; keep: a .gguf file's blocks; none: floats; auto: keep where that is fast.")
+    str, typer.Option(help="int8, int4, int4-gptq…; keep: a .gguf file's blocks; none: floats; auto: keep where fast.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

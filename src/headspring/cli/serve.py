@@ -27,6 +27,8 @@ def serve(
     allow_host: Annotated[list[str] | None, typer.Option(help="A name under which clients reach this server.")] = None,
     memory: Annotated[float | None, typer.Option(help="GiB for the key-value cache of each model.")] = None,
     max_sequences: Annotated[int, typer.Option(help="Answers that run together.")] = 64,
+    cache_dtype: Annotated[str, typer.Option(help="auto, or int8: half the bytes of keys and values.")] = "auto",
+    speculate: Annotated[str | None, typer.Option(help="prompt_lookup, multi_token, draft=MODEL or early_exit=LAYERS.")] = None,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; then 429.")] = 256,
     drain_seconds: Annotated[float, typer.Option(help="What runs may finish for so long after SIGTERM.")] = 30.0,
     device: Device = "auto",
@@ -52,7 +54,12 @@ def serve(
             max_queue=max_queue,
             drain_seconds=drain_seconds,
         )
-        engine = EngineConfig(max_sequences=max_sequences, memory=None if memory is None else int(memory * 2**30))
+        engine = EngineConfig(
+            max_sequences=max_sequences,
+            memory=None if memory is None else int(memory * 2**30),
+            cache_dtype=cache_dtype,  # type: ignore[arg-type]
+            speculation=_speculation(speculate),  # type: ignore[arg-type]
+        )
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
@@ -79,6 +86,17 @@ def named(models: list[str]) -> dict[str, str]:
             raise UserError(f"two models are named {name!r}; name them, as in a={found[name]} b={place}")
         found[name] = place
     return found
+
+
+def _speculation(text: str | None) -> dict[str, str] | None:
+    """ "draft=MODEL" → {kind, model}; pydantic reads the rest."""
+    if text is None:
+        return None
+    kind, _, value = text.partition("=")
+    names = {"draft": "model", "early_exit": "layers"}
+    if (kind in names) != bool(value):
+        raise UserError(f"--speculate {text}: use prompt_lookup, multi_token, draft=MODEL or early_exit=LAYERS")
+    return {"kind": kind, names[kind]: value} if value else {"kind": kind}
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

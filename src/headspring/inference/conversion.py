@@ -19,7 +19,7 @@ from headspring.inference.loading import ALIASES, DTYPES, is_gguf
 from headspring.inference.quantization.calibration import embedded_texts, token_rows
 from headspring.inference.quantization.folder import save_quantized
 from headspring.inference.quantization.installing import restore
-from headspring.inference.quantization.report import report
+from headspring.inference.quantization.report import Baseline, report
 from headspring.inference.quantization.scheme import Quantization
 from headspring.models import save_model
 from headspring.models.dialects import export_huggingface, expresses
@@ -47,7 +47,9 @@ def convert(
     target that exists (unless `force`: then an older model there is replaced), and for what the format cannot say.
     """
     start, target = time.perf_counter(), Path(target).expanduser()
-    form, precision = _format(target, to or (None if quantize is None or is_gguf(target) else "native")), ALIASES.get(dtype or "", dtype)
+    if quantize is not None and to is None and not is_gguf(target):
+        to = "native"
+    form, precision = _format(target, to), None if dtype is None else ALIASES.get(dtype, dtype)
     if quantize is not None and (form != "native" or dtype is not None):
         raise UserError("quantize writes a native folder of whole numbers: leave --dtype out, and --to or say native")
     _check_dtype(form, precision)
@@ -91,7 +93,8 @@ def _write_quantized(lm: LanguageModel, target: Path, how: str | Quantization, h
     about: dict[str, Any] = {"scheme": scheme}
     if held_out:
         rows = token_rows(lm.tokenizer, embedded_texts("held_out"), held_out, lm.context)
-        about |= report(lm.model, quantized.model, lm.tokenizer, rows, scheme).as_dict()
+        baseline = Baseline(lm.model, lm.tokenizer, rows, quantized.model.compute_dtype)
+        about |= report(baseline, quantized.model, scheme).as_dict()
     with folder_atomic(target) as folder:
         save_quantized(quantized.model, folder, about)
         lm.tokenizer.save(folder)

@@ -106,7 +106,11 @@ def _asking(run: Run, folder: str) -> list[str]:
     masked = any(getattr(step.config, "objective", None) == "masked" for step in run.recipe.steps)
     if masked:
         return [f"python -c \"import headspring as hs; print(hs.load('{run.folder}').embed(['a text', 'another']))\""]
-    return [f"headspring chat {folder}", f"headspring generate {folder} --prompt 'def '"]
+    return [
+        f"headspring chat {folder}",
+        f"headspring generate {folder} --prompt 'def '",
+        f"headspring serve {folder}",
+    ]
 
 
 def as_json(run: Run) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def attend(
     grouped = q.shape[1] != k.shape[1]
     alone = bias is None and scale is None and visible.causal
     if alone and (visible.first is None or kernels.attends_natively(q, v)):
-        return kernels.causal_attention(q, k, v, visible.first)
+        return kernels.causal_attention(q, k, v, visible.first, visible.origin)
     mask, causal = visible.mask, visible.causal and visible.first is None
     if bias is not None:
         mask, causal = added(bias, visible, q.shape[2], k.shape[2]).to(q.dtype), False

@@ -21,8 +21,11 @@ from headspring.models.paged import Int8Pages, Pages
 from headspring.models.part import Cost, ParameterRule, constant, linear, same_input
 from headspring.models.position import Position, RoPE
 from headspring.models.projected import Projected, ProjectedModule
+from headspring.models.ragged import Ragged
 from headspring.models.state import KeyValueState, LayerState
 from headspring.models.window import WindowState, held_positions, held_visibility, room
+
+TOGETHER = 16  # sequences whose keys are gathered and padded at once, where no operator reads them in their pages
 
 
 class Attention(Projected):
@@ -144,6 +147,8 @@ class AttentionModule(ProjectedModule):
         if causal and scoring.fused and kernels.pages_natively(q, pages):
             window = None if self.sliding is None else self.sliding.window
             return kernels.paged_attention(q[0], pages, ragged, window, scoring.scale)[None]
+        if causal and len(ragged.counts) > 1 and all(count == 1 for count in ragged.counts):
+            return self._attend_together(q, pages, ragged, scoring)
         parts = []
         for number, span, own in ragged.alone():
             self.position.prepare(own)
@@ -155,6 +160,20 @@ class AttentionModule(ProjectedModule):
             else:
                 parts.append(attention(queries, keys, values, seen, scores))
         return torch.cat(parts, dim=2).transpose(1, 2)
+
+    def _attend_together(self, q: torch.Tensor, pages: Pages, ragged: Ragged, scoring: Scoring) -> torch.Tensor:
+        """The same where each sequence has one query, some sequences at a time: (1, S, H, C)."""
+        parts = []
+        for start in range(0, len(ragged.counts), TOGETHER):
+            rows = slice(start, start + TOGETHER)
+            ends = ragged.lengths[rows, None] + 1
+            length = max(ragged.past[rows]) + 1
+            place = torch.arange(length, device=q.device)
+            seen = self._mask.allowed(ends - 1, place) & (place < ends)
+            keys, values = pages.gather_several(rows, ragged, length)
+            values = values.masked_fill(~seen[:, None, :, None], 0)  # 0 · NaN would be NaN, and nobody knows what stands there
+            parts.append(attention(q[0, rows, :, None], keys, values, Visibility(seen[:, None, None], causal=False), scoring))
+        return torch.cat(parts)[:, :, 0][None]
 
     def _query_key_value(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, T, H or K, C), from one product; queries and keys normalised and placed, by one operator where that is all."""
@@ -269,9 +288,9 @@ class AttentionModule(ProjectedModule):
         return kind(count, self.kv_heads, self.channels, dtype, device, group)
 
     def _kept(self, context_length: int) -> float:
-        """Bytes of a token's queries, keys and values as they were made, and of what the pattern is made of: queries and keys as
-        placed, or, where the bias learns and no fused kernel does that, all three and the pattern in float32. What is chosen
-        from the keys is a mask in half precision."""
+        """Bytes of a token's queries, keys and values as they were made, and of what the pattern is made of: queries and keys
+        as placed, or, where the bias learns, which no fused kernel allows, all three and the pattern in float32. What is
+        chosen from the keys is a mask in half precision."""
         made = 2.0 * self.channels * (self.heads + 2 * self.kv_heads)
         if self.position.learned:
             return made + 4.0 * self.heads * (3 * self.channels + context_length)

@@ -84,12 +84,13 @@ def worthwhile_at(mask: Mask, time: int) -> bool:
     block = mask.query_block
     if block is None or time < 2 * block:
         return False
-    if isinstance(mask, Chosen):
-        longest = block * (mask.top + 1)
-    else:
-        longest = mask.gathered(torch.tensor(time // block), time).shape[-1]
+    longest = block * (mask.top + 1) if isinstance(mask, Chosen) else _listed_at(mask, block, time)
     quick = GAIN * longest * (1 + PRICE / block) <= time
     return quick or (time >= LONG and 2 * longest <= time)
+
+
+def _listed_at(mask: Mask, block: int, time: int) -> int:
+    return mask.gathered(torch.tensor(time // block), time).shape[-1]
 
 
 def lay_out(context: Context, size: int) -> Blocks:

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 class Visibility:
     """A mask as tensors. `allowed` (B or 1, 1, T, S) bool is True where a query may look at a key. Without it, `causal` says
     whether the T queries are the T keys in order (each sees those before it), or every query sees every key. A causal query
-    sees the keys from `first` (B or 1, T) int64 on, where that is given, which does not decrease along a row."""
+    sees the keys from `first` (B or 1, T) int64 on, where that is given, which does not decrease along a row; `origin`, alike,
+    is where its document begins, where a row has several or pads."""
 
     allowed: torch.Tensor | None
     causal: bool
     first: torch.Tensor | None = None
+    origin: torch.Tensor | None = None
 
     @cached_property
     def mask(self) -> torch.Tensor | None:
@@ -146,7 +148,8 @@ class Context:
         if self.segments is None and self.padding is None and mask.shows_all(total) and in_order:
             return Visibility(None, causal=mask.causal and self.past == 0)
         if isinstance(mask, Causal) and not mask.sinks and self.past == 0:
-            return Visibility(None, causal=True, first=self._stretch(mask))
+            alone = self.segments is None and self.padding is None
+            return Visibility(None, True, self._stretch(mask), None if alone else self._stretch(Causal()))
         key = torch.arange(total, device=self.device)
         seen = mask.allowed(self.positions[:, :, None], self.key_positions[:, None, :])
         if self.segments is not None:

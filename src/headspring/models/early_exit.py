@@ -42,5 +42,6 @@ def exit_after(model: ModelModule, layers: int) -> StackModule:
     view.narrow, view.transform = whole.narrow, whole.transform
     view.layers = nn.ModuleList(list(whole.layers)[:layers])
     view.compute_dtype = model.compute_dtype
+    view.packed_head, view.packed_head_version = model.packed_head, model.packed_head_version
     view.complete()
     return view.train(model.training)

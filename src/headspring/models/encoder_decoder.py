@@ -176,5 +176,6 @@ class EncoderDecoderModule(ModelModule):
     def ledger(self, context_length: int | None = None) -> Cost:
         """For each token of the decoder, beside a source that is as long."""
         length = context_length or self.config.context
-        memory = Cost("memory", activation_bytes=2.0 * self.config.width)  # which every layer of the decoder reads
+        wrote = 2.0 * self.config.width  # bytes of what every layer of the decoder reads
+        memory = Cost("memory", activation_bytes=wrote, state_bytes=wrote)
         return Cost.sum(self.config.kind, (self.encoder.ledger(length), memory, self.decoder.ledger(length)))

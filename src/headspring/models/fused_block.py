@@ -119,11 +119,11 @@ def _is_plain(branch: BranchModule) -> bool:
 class FusedStack:
     """The blocks of a stack as the operator reads them, beside the pages of their `layers`."""
 
-    def __init__(self, blocks: Sequence[BlockModule], layers: Sequence[Any]):
-        self.of_blocks = blocks
-        self._places = [(parent._modules, name) for block in blocks for parent, name in _linears(block)]
+    def __init__(self, blocks: nn.ModuleList, layers: Sequence[Any]):
+        self.made_for, own = blocks, [block for block in blocks if isinstance(block, BlockModule)]
+        self._places = [(parent._modules, name) for block in own for parent, name in _linears(block)]
         self._made_of = self._state(layers)
-        self._blocks = [FusedBlock.of(block) if isinstance(pages, Pages) else None for block, pages in zip(blocks, layers)]
+        self._blocks = [FusedBlock.of(block) if _readable(pages) else None for block, pages in zip(own, layers)]
         self._arguments = (BlockArgument * len(self._blocks))()
         self.positions: dict[str, PositionModule] = {}
         self.groups: list[int | None] = []
@@ -147,14 +147,14 @@ class FusedStack:
         return parts + [pages if isinstance(pages, Pages) else None for pages in layers]
 
     @classmethod
-    def of(cls, blocks: Sequence[BlockModule], layers: Sequence[Any], x: torch.Tensor, context: Context) -> "FusedStack | None":
+    def of(cls, blocks: nn.ModuleList, layers: Sequence[Any], x: torch.Tensor, context: Context) -> "FusedStack | None":
         """For a row like `x`, None where nothing can be fused. Made anew where the blocks have been packed anew."""
         first = next((pages for pages in layers if isinstance(pages, Pages)), None) if context.ragged is not None else None
         fits = x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and kernels.multiplies_natively(x)
         if first is None or not fits:
             return None
         made = first.fused
-        if made is None or made.of_blocks is not blocks or made._made_of != made._state(layers):
+        if made is None or made.made_for is not blocks or made._made_of != made._state(layers):
             made = first.fused = cls(blocks, layers)
         return made
 
@@ -171,13 +171,17 @@ class FusedStack:
         return stop
 
     def run(self, x: torch.Tensor, context: Context, start: int, stop: int) -> torch.Tensor:
-        """x (1, N, D) bfloat16 through the blocks start … stop − 1. Raises nothing: `reach` has said that it can."""
+        """x (1, N, D) bfloat16 through the blocks start … stop − 1. `reach` has said that it can."""
         first, last = self._blocks[start], self._blocks[stop - 1]
         assert first is not None and last is not None
         x = first.block.site("residual.pre", x).clone(memory_format=torch.contiguous_format)
         step = context.once("a step of fused blocks", lambda: FusedStep(self, context))
         kernels.built().blocks(self._arguments, start, stop, step.argument, x)
         return last.block.site("residual.post", x)
+
+
+def _readable(pages: Any) -> bool:
+    return isinstance(pages, Pages) and pages.keys.dtype in (torch.bfloat16, torch.int8)
 
 
 class StackStepArgument(ctypes.Structure):

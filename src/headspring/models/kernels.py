@@ -164,19 +164,26 @@ def product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None = N
     """
     if torch.is_grad_enabled() and x.requires_grad:
         raise UserError("a product with packed weights has no gradients: unpack_model(model) first")
-    rows = _rows_in_one_piece(x.reshape(-1, x.shape[-1]))
+    assert x.shape[-1] == packed.shape[1], f"rows of {x.shape[-1]} numbers for a matrix of {packed.shape[1]} inputs"
     bias = None if bias is None else bias.to(x.dtype)
-    if multiplies_natively(x, packed.kind):
-        y = built().packed_product(rows, packed, bias)
-    else:
-        y = packing.product_plain(rows, packed)
-        y = y if bias is None else y + bias
-    return y.view(*x.shape[:-1], packed.shape[0])
+    operators = _multiplier(x, packed.kind)
+    if operators is not None:
+        return operators.packed_product(x, packed, bias)
+    y = packing.product_plain(x.reshape(-1, x.shape[-1]), packed).view(*x.shape[:-1], packed.shape[0])
+    return y if bias is None else y + bias
 
 
 def multiplies_natively(x: torch.Tensor, kind: packing.Kind = "bf16") -> bool:
     """Whether native products with matrices of this kind apply to a tensor like `x`."""
-    return (x.dtype == torch.bfloat16 or kind != "bf16") and use_native(x) and built().has_packed_products
+    return _multiplier(x, kind) is not None
+
+
+def _multiplier(x: torch.Tensor, kind: packing.Kind) -> native.Library | None:
+    fits = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and kind != "bf16")
+    if not fits or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    found = library()
+    return found if found is not None and found.has_packed_products else None
 
 
 def _narrow(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -208,14 +215,21 @@ def weight_gradient(gradient: torch.Tensor, x: torch.Tensor, total: torch.Tensor
     return product if total is None else total.add_(product)
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor | None = None) -> torch.Tensor:
+def causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: torch.Tensor | None = None,
+    origin: torch.Tensor | None = None,
+) -> torch.Tensor:
     """softmax(q kᵀ / sqrt(C)) v where the query at t sees the keys first[b, t] … t; without `first`, 0 … t.
 
     q (B, H, T, C), k and v (B, K, T, C) with H a multiple of K; first (B, T) int64 must not decrease along a row: it says
-    where a packed document or a sliding window begins.
+    where a packed document or a sliding window begins. With `origin` (B, T), where a token's document begins (that of a pad at
+    itself), every document gets the bits that it has alone.
     """
     if attends_natively(q, v):
-        return _CausalAttention.apply(q, k, v, first)
+        return _CausalAttention.apply(q, k, v, first, origin)
     return causal_attention_plain(q, k, v, first)
 
 
@@ -391,13 +405,13 @@ class _Linear(torch.autograd.Function):
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, first):
+    def forward(ctx, q, k, v, first, origin):
         q, k, v = (_rows_in_one_piece(x) for x in (q, k, v))
-        y, log_sums = built().attention(q, k, v, first)
+        y, log_sums = built().attention(q, k, v, first, origin)
         ctx.save_for_backward(q, k, v, y, log_sums, first)
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         gradient = _rows_in_one_piece(gradient)
-        return *built().attention_backward(gradient, *ctx.saved_tensors), None
+        return *built().attention_backward(gradient, *ctx.saved_tensors), None, None

@@ -203,7 +203,8 @@ class LinearAttentionModule(MixerModule):
         scan = decayed_costs(heads, heads, count, size, context_length, self.value.chunk, decays=False)  # none that learns
         along, peak = heads * self.channels, 4.0 * heads * self.features.scaled
         products, rest = (2.0 * heads * flops for flops in self.features.flops(self.channels))
-        features = Cost("features", 0, products, (4.0 if self.features.scaled else 8.0) * along, 0.0, f"{self.channels} → {count}", (), peak)
+        kept = (4.0 if self.features.scaled else 8.0) * along
+        features = Cost("features", 0, products, kept, 0.0, f"{self.channels} → {count}", (), peak)
         positive = Cost("positive", 0, rest, 8.0 * heads * count * self.features.scaled)
         parts = [*same_input(self.q.cost("q"), self.k.cost("k"), self.v.cost("v")), features, positive, *scan]
         parts.append(Cost("divide", 0, along, 4.0 * heads * (size + 1)))

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,11 @@ def cache_folder() -> Path:
 
 def library() -> "Library | None":
     """The built library, or None where it cannot be built here."""
+    return _library(os.environ.get("HEADSPRING_KERNELS"))
+
+
+@functools.cache  # asked for by every operator: not even the names of the build are put together again
+def _library(choice: str | None) -> "Library | None":
     return _built(digest(), flags())
 
 
@@ -86,13 +92,23 @@ def _built(name: str, options: tuple[str, ...]) -> "Library | None":
         path = folder / f"native-{name}.so"
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                built = Path(temporary) / path.name
-                command = [compiler, *options, *map(str, SOURCES), "-o", str(built)]
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
-                os.replace(built, path)
+                os.replace(_build(compiler, options, Path(temporary)), path)
         return Library(ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _build(compiler: str, options: tuple[str, ...], folder: Path) -> Path:
+    """Compile the sources side by side, and link them."""
+
+    def run(*arguments: object) -> None:
+        subprocess.run([compiler, *options, *map(str, arguments)], check=True, capture_output=True, timeout=300)
+
+    objects = [folder / f"{source.stem}.o" for source in SOURCES]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda source, target: run("-c", source, "-o", target), SOURCES, objects))
+    run(*objects, "-o", folder / "native.so")
+    return folder / "native.so"
 
 
 def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -106,6 +122,10 @@ class Library:
         self._handle = handle
         self.has_products = bool(handle.prepare_products())
         self.has_packed_products = self.has_products and hasattr(handle, "packed_product_bf16")
+        if self.has_packed_products:
+            for product in (handle.packed_product_bf16, handle.packed_product_f32):
+                pointer, size = ctypes.c_void_p, ctypes.c_int64
+                product.argtypes, product.restype = [ctypes.c_int, pointer, pointer, size, size, pointer, pointer], None
 
     def _call(self, name: str, dtype: torch.dtype, *arguments) -> None:
         suffix = "bf16" if dtype == torch.bfloat16 else "f32"
@@ -201,13 +221,18 @@ class Library:
         return y
 
     def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        first: torch.Tensor | None,
+        origin: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """y as q, and the logarithm of each softmax's sum for the backward pass. Tensors as `causal_attention` takes them."""
         batch, heads, time, channels = q.shape
         y = torch.empty(batch, time, heads, channels, dtype=q.dtype).transpose(1, 2)
         log_sums = torch.empty(batch, heads, -(-time // 64) * 64, dtype=torch.float32)
-        self._attention("attention", (q, k, v, y), log_sums, first)
+        self._attention("attention", (q, k, v, y), log_sums, first, origin)
         return y, log_sums
 
     def attention_backward(
@@ -226,14 +251,14 @@ class Library:
         return grads
 
     def _attention(
-        self, name: str, tensors: tuple[torch.Tensor, ...], log_sums: torch.Tensor, first: torch.Tensor | None
+        self, name: str, tensors: tuple[torch.Tensor, ...], log_sums: torch.Tensor, *places: torch.Tensor | None
     ) -> None:
         """The tensors (B, heads, T, C) go over as a table of addresses and strides; only C must be contiguous."""
         (batch, heads, time, channels), kv_heads = tensors[0].shape, tensors[1].shape[1]
         views = torch.tensor([[x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)] for x in tensors])
         sizes = torch.tensor([batch, heads, kv_heads, time, channels])
-        first = None if first is None else first.expand(batch, time).contiguous()
-        pointers = [_pointer(x) for x in (views, log_sums, first, sizes)]
+        rows = [None if place is None else place.expand(batch, time).contiguous() for place in places]
+        pointers = [_pointer(x) for x in (views, log_sums, *rows, sizes)]
         getattr(self._handle, name)(ctypes.c_int(torch.get_num_threads()), *pointers, ctypes.c_float(channels**-0.5))
 
     def paged_attention(
@@ -245,19 +270,24 @@ class Library:
         native_pages.write(self._handle, k, v, pages, slots)
 
     def packed_product(self, x: torch.Tensor, packed: "PackedMatrix", bias: torch.Tensor | None) -> torch.Tensor:
-        """x (N, I) times the transposed matrix → (N, O), plus bias (O,), in the dtype of `x`: bfloat16, or float32 with an
-        integer kind. Rows of x may lie apart."""
-        y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
+        """x (..., I) times the transposed matrix → (..., O), plus bias (O,), in the dtype of `x`: bfloat16, or float32 with
+        an integer kind."""
+        outputs, inputs = packed.shape
+        rows = x if x.is_contiguous() else x.reshape(-1, inputs)
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
         run = self._handle.packed_product_bf16 if x.dtype == torch.bfloat16 else self._handle.packed_product_f32
-        arguments = _pointer(x), ctypes.c_int64(x.stride(0)), ctypes.c_int64(x.shape[0]), _pointer(y), _pointer(bias)
-        run(ctypes.c_int(torch.get_num_threads()), ctypes.byref(packed.mirror), *arguments)
+        distance = inputs if rows.is_contiguous() else rows.stride(0)
+        places = y.data_ptr(), None if bias is None else bias.data_ptr()
+        run(torch.get_num_threads(), packed.address, rows.data_ptr(), distance, x.numel() // inputs, *places)
         return y
 
-    def pack_words(self, words: torch.Tensor) -> torch.Tensor:
-        """words (O, W) int32, W a multiple of 16 → panels of 32 rows (⌈O / 32⌉, W, 32), filled up with zeros."""
+    def pack_words(self, words: torch.Tensor, change: int = 0, *, halves: bool = False) -> torch.Tensor:
+        """words (O, W) int32, W a multiple of 16 → panels of 32 rows (⌈O / 32⌉, W, 32), filled up with zeros, every byte ^
+        `change`. `halves`: (⌈O / 32⌉, W, 16), the bytes + `change` being of 4 bits, and rows n and n + 16 sharing one."""
         rows, width = words.shape
-        panels = torch.empty(-(-rows // 32), width, 32, dtype=torch.int32)
-        sizes = ctypes.c_int64(rows), ctypes.c_int64(width)
+        panels = torch.empty(-(-rows // 32), width, 16 if halves else 32, dtype=torch.int32)
+        sizes = ctypes.c_int64(rows), ctypes.c_int64(width), ctypes.c_uint32(change * 0x01010101), ctypes.c_int64(halves)
         self._handle.pack_words(ctypes.c_int(torch.get_num_threads()), _pointer(words), *sizes, _pointer(panels))
         return panels
 

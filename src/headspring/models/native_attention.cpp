@@ -68,6 +68,7 @@ struct View {
     bf16 *data;
     int64_t batch, head, time;
     bf16 *row(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * time; }
+    View from(int64_t t) const { return {data + t * time, batch, head, time}; }
 };
 
 enum { Q, K, V, Y, GRADIENT, DQ, DK, DV };  // the order in which views are passed
@@ -76,6 +77,10 @@ struct Shape {
     int64_t batch, heads, kv_heads, time, channels, rows, ld;
     Shape(const int64_t *s)
         : batch(s[0]), heads(s[1]), kv_heads(s[2]), time(s[3]), channels(s[4]), rows(padded(s[3])), ld(rows + 32) {}
+    Shape part(int64_t count) const {
+        const int64_t sizes[] = {batch, heads, kv_heads, count, channels};
+        return Shape(sizes);
+    }
 };
 
 void copy_rows(const View &in, int64_t b, int64_t h, bf16 *out, const Shape &s) {
@@ -89,33 +94,54 @@ void fill_first(const int64_t *first, int32_t *out, const Shape &s) {
 
 Queries queries_at(int64_t t, const int32_t *starts) { return Queries(places(t), read<integers>(starts + t)); }
 
-void forward(const View *x, float *log2_sums, const int64_t *first, const Shape &s, float scale, int64_t task) {
-    int64_t b = task / s.kv_heads, shared = task % s.kv_heads, group = s.heads / s.kv_heads, C = s.channels;
-    Buffer<bf16> keys(s.rows * C), values(C * s.ld), result(QUERIES * C);
-    Buffer<uint32_t> queries(C / 2 * s.ld), pattern(s.rows / 2 * QUERIES);
-    Buffer<float> scores(s.rows * QUERIES), mixed(C * QUERIES), factors(QUERIES);
-    Buffer<int32_t> starts(s.rows);
-    fill_first(first ? first + b * s.time : nullptr, starts, s);
-    transposed(x[V].row(b, shared, 0), x[V].time, s.time, values, s.ld, s.rows, C);
-    copy_rows(x[K], b, shared, keys, s);
-    for (int64_t h = shared * group; h < (shared + 1) * group; h++) {
-        pairs_of_transposed(x[Q].row(b, h, 0), x[Q].time, s.time, queries, s.ld, s.rows, C);
-        float *logs = log2_sums + (b * s.heads + h) * s.rows;
-        for (int64_t t = 0; t < s.time; t += QUERIES) {
-            int64_t begin = starts[t] / QUERIES * QUERIES, end = t + QUERIES;
-            multiply(keys + begin * C, C, queries + t, s.ld, scores, QUERIES, end - begin, QUERIES, C, false);
-            for (int64_t i = 0; i < QUERIES; i += 16) {
-                floats logs_of_sums;
-                write(factors + i, softmax(scores + i, pattern + i, QUERIES, begin, end, queries_at(t + i, starts), scale,
-                                           &logs_of_sums));
-                write(logs + t + i, logs_of_sums);
+// Where the document that begins at `start` ends; documents of one token that follow each other count as one.
+int64_t end_of_document(const int64_t *origin, int64_t start, int64_t time) {
+    if (!origin) return time;
+    auto single = [&](int64_t t) { return origin[t] == t && (t + 1 == time || origin[t + 1] == t + 1); };
+    int64_t end = start + 1;
+    while (end < time && (single(start) ? single(end) : origin[end] == origin[start])) end++;
+    return end;
+}
+
+// One row's documents one after the other: blocks of keys are counted from the first token of each, so that a document gets the
+// bits that it has alone, wherever it stands.
+void forward(const View *rows, float *log2_sums, const int64_t *first, const int64_t *origin, const Shape &whole, float scale,
+             int64_t task) {
+    int64_t b = task / whole.kv_heads, shared = task % whole.kv_heads, group = whole.heads / whole.kv_heads, C = whole.channels;
+    Buffer<bf16> keys(whole.rows * C), values(C * whole.ld), result(QUERIES * C);
+    Buffer<uint32_t> queries(C / 2 * whole.ld), pattern(whole.rows / 2 * QUERIES);
+    Buffer<float> scores(whole.rows * QUERIES), mixed(C * QUERIES), factors(QUERIES);
+    Buffer<int32_t> starts(whole.rows);
+    for (int64_t start = 0, end; start < whole.time; start = end) {
+        end = end_of_document(origin ? origin + b * whole.time : nullptr, start, whole.time);
+        Shape s = whole.part(end - start);
+        View x[] = {rows[Q].from(start), rows[K].from(start), rows[V].from(start), rows[Y].from(start)};
+        for (int64_t t = 0; t < s.rows; t++)
+            starts[t] = t >= s.time ? int32_t(t) : first ? int32_t(first[b * whole.time + start + t] - start) : 0;
+        transposed(x[V].row(b, shared, 0), x[V].time, s.time, values, s.ld, s.rows, C);
+        copy_rows(x[K], b, shared, keys, s);
+        for (int64_t h = shared * group; h < (shared + 1) * group; h++) {
+            pairs_of_transposed(x[Q].row(b, h, 0), x[Q].time, s.time, queries, s.ld, s.rows, C);
+            float *logs = log2_sums + (b * whole.heads + h) * whole.rows + start;
+            for (int64_t t = 0; t < s.time; t += QUERIES) {
+                int64_t begin = starts[t] / QUERIES * QUERIES, last = t + QUERIES;
+                multiply(keys + begin * C, C, queries + t, s.ld, scores, QUERIES, last - begin, QUERIES, C, false);
+                for (int64_t i = 0; i < QUERIES; i += 16) {
+                    floats logs_of_sums;
+                    write(factors + i, softmax(scores + i, pattern + i, QUERIES, begin, last, queries_at(t + i, starts), scale,
+                                               &logs_of_sums));
+                    int64_t count = std::min<int64_t>(16, s.time - t - i);
+                    if (count > 0) std::memcpy(logs + t + i, &logs_of_sums, count * sizeof(float));
+                }
+                multiply(values + begin, s.ld, pattern, QUERIES, mixed, QUERIES, C, QUERIES, last - begin, false);
+                transposed_to_bf16(mixed, QUERIES, result, C, QUERIES, C, factors);
+                for (int64_t i = 0; i < QUERIES && t + i < s.time; i++)
+                    std::memcpy(x[Y].row(b, h, t + i), result + i * C, C * sizeof(bf16));
             }
-            multiply(values + begin, s.ld, pattern, QUERIES, mixed, QUERIES, C, QUERIES, end - begin, false);
-            transposed_to_bf16(mixed, QUERIES, result, C, QUERIES, C, factors);
-            for (int64_t i = 0; i < QUERIES && t + i < s.time; i++)
-                std::memcpy(x[Y].row(b, h, t + i), result + i * C, C * sizeof(bf16));
         }
     }
+    for (int64_t h = shared * group; h < (shared + 1) * group; h++)
+        std::memset(log2_sums + (b * whole.heads + h) * whole.rows + whole.time, 0, (whole.rows - whole.time) * sizeof(float));
 }
 
 // From scores and dL/dp of KEYS keys and 32 queries: p and dL/ds = p (dL/dp − delta), in rows and the latter in pairs too.
@@ -205,11 +231,12 @@ void for_each_kv_head(int threads, const Shape &s, Work work) {
 
 }  // namespace
 
-// `sizes` are batch, heads, kv_heads, time, channels (a multiple of 32); `first` (batch, time) may be null.
-extern "C" void attention(int threads, const View *views, float *log2_sums, const int64_t *first, const int64_t *sizes,
-                          float scale) {
+// `sizes` are batch, heads, kv_heads, time, channels (a multiple of 32); `first` and `origin` (batch, time), where each token's
+// stretch of keys and its document begin, may be null.
+extern "C" void attention(int threads, const View *views, float *log2_sums, const int64_t *first, const int64_t *origin,
+                          const int64_t *sizes, float scale) {
     Shape s(sizes);
-    for_each_kv_head(threads, s, [&](int64_t task) { forward(views, log2_sums, first, s, scale, task); });
+    for_each_kv_head(threads, s, [&](int64_t task) { forward(views, log2_sums, first, origin, s, scale, task); });
 }
 
 extern "C" void attention_backward(int threads, const View *views, const float *log2_sums, const int64_t *first,

@@ -34,12 +34,33 @@ extern "C" void packed_product_f32(int threads, const Packed *w, const float *x,
     packed_product(threads, w, x, ld, rows, y, bias);
 }
 
-// in (rows, words) of 32 bits → panels (rows / 32 rounded up, words, 32), rows that do not exist as zeros. `words` is a
-// multiple of 16.
-extern "C" void pack_words(int threads, const uint32_t *in, int64_t rows, int64_t words, uint32_t *out) {
+// in (rows, words) of 32 bits → panels (rows / 32 rounded up, words, 32) of in ^ change, rows that do not exist as zeros; with
+// `halves` (…, words, 16): bytes of 4 bits after `change` was added, row n in the low half and n + 16 in the high one. `words`
+// is a multiple of 16.
+extern "C" void pack_words(int threads, const uint32_t *in, int64_t rows, int64_t words_a_row, uint32_t change, int64_t halves,
+                           uint32_t *out) {
+    const int64_t lanes = halves ? PANEL / 2 : PANEL;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; r += PANEL)
-        pairs_of_transposed((const bf16 *)(in + r * words), words * 2, rows - r, out + r * words, PANEL, PANEL, words * 2);
+    for (int64_t p = 0; p < (rows + PANEL - 1) / PANEL; p++) {
+        const __m512i changes = _mm512_set1_epi32(int32_t(change));
+        words upper[16], lower[16];
+        for (int64_t c = 0; c < words_a_row; c += 16) {
+            const int64_t r = p * PANEL;
+            turn_block((const bf16 *)(in + r * words_a_row + c), words_a_row * 2, rows - r, upper);
+            turn_block((const bf16 *)(in + (r + 16) * words_a_row + c), words_a_row * 2, rows - r - 16, lower);
+            uint32_t *to = out + (p * words_a_row + c) * lanes;
+            for (int i = 0; i < 16; i++, to += lanes) {
+                if (halves) {
+                    const __m512i low = _mm512_add_epi8((__m512i)upper[i], changes);
+                    const __m512i high = _mm512_add_epi8((__m512i)lower[i], changes);
+                    write(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 4)));
+                } else {
+                    write(to, _mm512_xor_si512((__m512i)upper[i], changes));
+                    write(to + 16, _mm512_xor_si512((__m512i)lower[i], changes));
+                }
+            }
+        }
+    }
 }
 
 #endif

@@ -94,6 +94,11 @@ class PackedMatrix:
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in (self.values, self.scales, self.minimums))
         return Mirror(KINDS.index(self.kind), self.bits, *self.shape, self.group, *pointers, self.offset)
 
+    @cached_property
+    def address(self) -> int:
+        """Of `mirror`."""
+        return ctypes.addressof(self.mirror)
+
     @property
     def unpacked(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """values (O, I) in bfloat16 or int8, scales and minimums (O,) or (O, G): what `pack_…` was given."""
@@ -175,9 +180,9 @@ def pack_int8(weight: torch.Tensor, scales: torch.Tensor) -> PackedMatrix:
     """weight (O, I) int8 times scales (O,), one for each output."""
     if weight.dtype != torch.int8 or scales.shape != weight.shape[:1]:
         raise UserError(f"pack_int8 takes int8 (O, I) and scales (O,), not {weight.dtype} and {tuple(scales.shape)}")
-    rows = _whole_lines(weight.detach().contiguous().view(torch.uint8) ^ 128, 64)
     padded = pad(scales.detach().float(), (0, -len(scales) % PANEL))
-    return PackedMatrix("int8", _shape(weight), _in_panels(rows.view(torch.int32)), padded, bits=8, offset=128)
+    words = _in_panels(_whole_lines(weight.detach(), 64).view(torch.int32), 128)
+    return PackedMatrix("int8", _shape(weight), words, padded, bits=8, offset=128)
 
 
 def pack_groups(
@@ -198,10 +203,8 @@ def pack_groups(
     if bits == 4 and not 0 <= low + offset <= high + offset <= 15:
         raise UserError(f"4 bits hold -8 … 7 or 0 … 15, not {low} … {high}")
     whole = max(64, group)
-    if bits == 8:
-        words = _in_panels(_whole_lines(values.detach().contiguous().view(torch.uint8) ^ 128, whole).view(torch.int32))
-    else:
-        words = _in_half_panels(_whole_lines((values.detach() + offset).view(torch.uint8), whole))
+    lines = _whole_lines(values.detach(), whole).view(torch.int32)
+    words = _in_panels(lines, offset) if bits == 8 else _in_half_panels(lines, offset)
     lanes = _group_panels(scales, whole // group)
     least = None if minimums is None else _group_panels(minimums, whole // group)
     return PackedMatrix("groups", (outputs, inputs), words, lanes, least, bits, group, offset)
@@ -239,16 +242,26 @@ def _whole_lines(rows: torch.Tensor, whole: int) -> torch.Tensor:
     return (pad(rows, (0, -rows.shape[1] % whole)) if rows.shape[1] % whole else rows).contiguous()
 
 
-def _in_panels(words: torch.Tensor) -> torch.Tensor:
-    """(O, lines) int32 → (P, lines, 32)."""
+def _packer(words: torch.Tensor) -> native.Library | None:
     built = native.enabled()
-    if built is not None and built.has_packed_products and words.device.type == "cpu":
-        return built.pack_words(words)
+    return built if built is not None and built.has_packed_products and words.device.type == "cpu" else None
+
+
+def _in_panels(words: torch.Tensor, flip: int = 0) -> torch.Tensor:
+    """(O, lines) int32 → (P, lines, 32), each byte ^ `flip`."""
+    built = _packer(words)
+    if built is not None:
+        return built.pack_words(words, flip)
+    words = (words.view(torch.uint8) ^ flip).view(torch.int32) if flip else words
     return pad(words, (0, 0, 0, -len(words) % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
-def _in_half_panels(rows: torch.Tensor) -> torch.Tensor:
-    """(O, I) bytes of 4 bits → (P, I / 4, 16) int32: outputs n and n + 16 of a panel share a byte."""
+def _in_half_panels(words: torch.Tensor, offset: int) -> torch.Tensor:
+    """(O, lines) int32 of bytes → (P, lines, 16): bytes + `offset` have 4 bits, outputs n and n + 16 of a panel share one."""
+    built = _packer(words)
+    if built is not None:
+        return built.pack_words(words, offset, halves=True)
+    rows = words.view(torch.uint8) + offset
     rows = pad(rows, (0, 0, 0, -len(rows) % PANEL)) if len(rows) % PANEL else rows
     low, high = rows.unflatten(0, (-1, 2, PANEL // 2)).unbind(1)
     return high.bitwise_left_shift(4).bitwise_or_(low).view(torch.int32).transpose(1, 2).contiguous()
@@ -334,9 +347,10 @@ def pack_for_serving(model: "ModelModule") -> None:
         if part.packed is not None and part.packed.kind == "bf16" and part.packed_version != version(part.weight):
             part.unpack()
     head = model.output_weight
-    if head is not None and model.packed_head is not None and model.packed_head.kind == "bf16" and not model.released:
-        if model.packed_head_version != version(head):
-            model.packed_head = None
+    held = model.packed_head
+    stale = head is not None and held is not None and held.kind == "bf16" and model.packed_head_version != version(head)
+    if stale and not model.released:
+        model.packed_head = None
     pack_model(model)
 
 
@@ -359,10 +373,13 @@ def packable(model: "ModelModule") -> dict[str, "Linear"]:
 
 def round_to_int8(weight: torch.Tensor) -> PackedMatrix:
     """weight (O, I) rounded to 255 values an output."""
-    wide = weight.detach().float()
-    scales = wide.abs().amax(1) / 127
-    whole = (wide / scales.clamp_min(1e-30)[:, None]).round_().to(torch.int8)
-    return pack_int8(whole, scales)
+    whole, scales = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), []
+    size = max(1, 2**17 // weight.shape[1])  # some rows at a time, which stay in the cache
+    for rows, rounded in zip(weight.detach().split(size), whole.split(size)):
+        wide = rows.float()
+        scales.append(torch.maximum(wide.amax(1), -wide.amin(1)) / 127)
+        rounded.copy_((wide / scales[-1].clamp_min(1e-30)[:, None]).round_())
+    return pack_int8(whole, torch.cat(scales))
 
 
 def join_parts(model: "ModelModule") -> None:

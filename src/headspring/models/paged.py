@@ -46,6 +46,14 @@ class Pages:
         values = self.values[pages].permute(1, 0, 3, 2).flatten(1, 2)[:, :length]
         return keys[None], values[None]
 
+    def gather_several(self, rows: slice, ragged: Ragged, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `length` keys and values of several sequences, (B, K, length, C) each; what stands behind the end of one
+        is anybody's."""
+        pages = ragged.tables[self.group][rows, : -(-length // PAGE)].long()
+        keys = self.keys[pages].transpose(1, 2).flatten(2, 3)[:, :, :length]
+        values = self.values[pages].permute(0, 2, 1, 4, 3).flatten(2, 3)[:, :, :length]
+        return keys, values
+
     def _pages_of(self, number: int, ragged: Ragged) -> tuple[torch.Tensor, int]:
         length = ragged.past[number] + ragged.counts[number]
         return ragged.tables[self.group][number, : -(-length // PAGE)].long(), length
@@ -86,6 +94,12 @@ class Int8Pages(Pages):
         keys, values = super().gather(number, ragged)
         scales = (pool[pages].transpose(0, 1).flatten(1)[:, :length, None] for pool in (self.key_scales, self.value_scales))
         return tuple((whole * scale).to(self.dtype) for whole, scale in zip((keys, values), scales))  # type: ignore[return-value]
+
+    def gather_several(self, rows: slice, ragged: Ragged, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pages = ragged.tables[self.group][rows, : -(-length // PAGE)].long()
+        gathered = zip(super().gather_several(rows, ragged, length), (self.key_scales, self.value_scales))
+        keys, values = ((whole * scales[pages].transpose(1, 2).flatten(2)[..., :length, None]) for whole, scales in gathered)
+        return keys.to(self.dtype), values.to(self.dtype)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

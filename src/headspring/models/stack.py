@@ -138,7 +138,7 @@ class StackModule(ModelModule):
         x = self.embed(tokens, self.compute_dtype, context.positions, types)
         x = self.site("embed", x if place is None else place(x))
         fused, done = FusedStack.of(self.layers, layers or (), x, context), 0
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate(self.blocks()):
             if index < done:
                 continue
             if fused is not None and (done := fused.reach(index)) > index:

@@ -88,7 +88,7 @@ class TowerModule(PartModule):
         return self.project(nn.functional.gelu(self.widen(self.norm(x))))
 
     def cost(self, name: str) -> Cost:
-        """Per soft token."""
+        """Per soft token, from its piece on: what makes bands of a sound is not counted."""
         pieces, width = self.places.rows.shape
         parts = [self.read.cost("read"), Cost("places", pieces * width, shape=f"{pieces} × {width}")]
         parts += [block.cost(f"blocks.{i}", pieces) for i, block in enumerate(self._blocks())]

@@ -173,12 +173,17 @@ class EventStream(Response):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.answering, self.events, self.seconds = answering, events, seconds
+        self._sending: float | None = None  # since when a write waits for its reader
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.ensure_future(self._write(send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
+            while not (writing.done() or gone.done()):
+                await asyncio.wait({writing, gone}, timeout=self.seconds / 4, return_when=asyncio.FIRST_COMPLETED)
+                if self._sending is not None and time.monotonic() - self._sending > self.seconds:
+                    self.answering.cancel("the reader does not read")
+                    raise SlowReader
             if writing.done():
                 writing.result()
         finally:
@@ -201,11 +206,9 @@ class EventStream(Response):
         await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
 
     async def _send(self, send: Send, message: Any) -> None:
-        try:
-            await asyncio.wait_for(send(message), self.seconds)
-        except TimeoutError:
-            self.answering.cancel("the reader does not read")
-            raise SlowReader from None
+        self._sending = time.monotonic()  # a timer for each write would cost more than the write
+        await send(message)
+        self._sending = None
 
 
 class SlowReader(Exception):

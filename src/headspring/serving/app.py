@@ -7,7 +7,7 @@ same error shape as everything else.
 """
 
 import asyncio
-import logging
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -31,7 +31,6 @@ from headspring.serving.metrics import CONTENT_TYPE, Metrics
 from headspring.serving.served import Served
 from headspring.serving.workers import Workers
 
-LOGGER = logging.getLogger("headspring.serving")
 EMBED_AT_ONCE = 8  # texts between two steps of the engines, so that an embedding of many does not stall the others' tokens
 
 
@@ -213,10 +212,10 @@ def _add_model_routes(app: FastAPI, house: House) -> None:
         return await _answer(house, served, body, prepared, replies.Replies(body, form, "chatcmpl"), request)
 
     @app.post("/v1/embeddings", responses=promised(shapes.Embeddings), tags=["vectors"])
-    async def embeddings(body: requests.EmbeddingRequest) -> JSONResponse:
+    async def embeddings(body: requests.EmbeddingRequest, request: Request) -> JSONResponse:
         """One vector for each text."""
         served = house.find(body.model)
-        return JSONResponse(await _embed(house, served, body))
+        return JSONResponse(await _embed(house, served, body, request))
 
     @app.post("/v1/tokenize", responses=promised(shapes.Tokens), tags=["tokens"])
     async def tokenize(body: requests.TokenizeRequest) -> JSONResponse:
@@ -280,7 +279,7 @@ def _keep(house: House, answering: Answering) -> None:
     answering.watcher = asyncio.ensure_future(watch())
 
 
-async def _embed(house: House, served: Served, body: requests.EmbeddingRequest) -> dict[str, Any]:
+async def _embed(house: House, served: Served, body: requests.EmbeddingRequest, request: Request) -> dict[str, Any]:
     limits = house.config.limits
     texts = [body.input] if isinstance(body.input, str) else list(body.input)
     if not 1 <= len(texts) <= limits.texts:
@@ -290,7 +289,12 @@ async def _embed(house: House, served: Served, body: requests.EmbeddingRequest) 
         raise refuse(f"dimensions={body.dimensions}, and this model's vectors have {width}", "dimensions")
     counts = await house.workers.run(prompts.count_tokens, served, texts)
     data: list[Any] = []
+    end = time.monotonic() + limits.seconds
     for start in range(0, len(texts), EMBED_AT_ONCE):
+        if await request.is_disconnected():
+            raise Gone
+        if time.monotonic() > end:
+            raise ApiError(504, f"these embeddings take more than {limits.seconds:g} s", "timeout")
         some = texts[start : start + EMBED_AT_ONCE]
         work: Callable[[], Any] = lambda some=some: served.lm.embed(some)  # type: ignore[misc]
         future = house.loop.call(work)

@@ -33,7 +33,7 @@ from headspring.serving.metrics import Metrics
 OPEN_PATHS = frozenset({"/health"})
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # possessive, and the end may be missing: linear on any input
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-KEY = "headspring.key"  # of the scope: which key opened the door, "" where none is needed
+KEY = "headspring_key"  # of the scope: which key opened the door, "" where none is needed
 
 
 class Guard:

@@ -19,11 +19,10 @@ GAUGES = {  # field of the engine's statistics → what it is called and says
 }
 COUNTERS = {
     "steps": ("headspring_engine_steps", "Steps of the engine"),
-    "tokens": ("headspring_engine_tokens", "Tokens that went through the model, prompts included"),
+    "tokens": ("headspring_engine_tokens", "Tokens that were sampled"),
+    "computed_tokens": ("headspring_engine_computed_tokens", "Tokens that went through the model, prompts included"),
     "prefix_hits": ("headspring_prefix_hit_tokens", "Prompt tokens that the prefix cache had"),
     "preemptions": ("headspring_preemptions", "Sequences put back because pages ran out"),
-    "proposed": ("headspring_speculation_proposed", "Tokens proposed by speculation"),
-    "accepted": ("headspring_speculation_accepted", "Proposed tokens that stood"),
 }
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

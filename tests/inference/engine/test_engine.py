@@ -43,9 +43,9 @@ def test_updates_add_up_to_the_answers(make):
     assert job.outcome == "finished" and len(job.generations) == 3
     for number, answer in enumerate(job.generations):
         mine = [update for update in updates if update.answer == number]
-        assert sum((update.token_ids for update in mine), []) == answer.token_ids
-        assert sum((update.logprobs for update in mine), []) == answer.logprobs
-        assert sum((update.top_logprobs for update in mine), []) == answer.top_logprobs
+        assert [one for update in mine for one in update.token_ids] == answer.token_ids
+        assert [one for update in mine for one in update.logprobs] == answer.logprobs
+        assert [one for update in mine for one in update.top_logprobs] == answer.top_logprobs
         assert "".join(update.text for update in mine) == answer.text
         assert [update.finish_reason for update in mine if update.finish_reason] == [answer.finish_reason]
         assert mine[-1].finish_reason == answer.finish_reason
@@ -177,7 +177,7 @@ def test_a_request_that_breaks_the_step_fails_alone(make):
     healthy = alone.submit(LONG, GREEDY)
     alone.run()
     break_at(engine, poison=250)
-    jobs = [engine.submit(prompt, GREEDY) for prompt in (LONG, [250, 3], LONG, LONG + [250])]
+    jobs = [engine.submit(prompt, GREEDY) for prompt in (LONG, [250, 3], LONG, [*LONG, 250])]
     engine.run()
     assert [job.outcome for job in jobs] == ["finished", "failed", "finished", "failed"]
     assert isinstance(jobs[1].error, Broken) and is_empty(engine)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from headspring.inference import LanguageModel
 from headspring.inference.engine import Engine, EngineConfig
 from headspring.inference.engine.runner import PlainRunner, RaggedRunner
 from headspring.inference.sampling_params import SamplingParams

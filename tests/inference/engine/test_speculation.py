@@ -45,8 +45,10 @@ class Wrong(Speculation):
 
     def proposer(self, model, tokenizer):
         class Proposer:
-            def propose(self, request, limit):
-                return [(7 * len(request.token_ids) + i) % tokenizer.vocab_size for i in range(limit + 3)]
+            def propose(self, requests, limits):
+                starts = [7 * len(request.token_ids) for request in requests]
+                ranges = [range(start, start + limit + 3) for start, limit in zip(starts, limits)]
+                return [[token % tokenizer.vocab_size for token in tokens] for tokens in ranges]
 
             def observe(self, request, hidden):
                 pass
@@ -59,7 +61,7 @@ class Raises(Speculation):
 
     def proposer(self, model, tokenizer):
         class Proposer:
-            def propose(self, request, limit):
+            def propose(self, requests, limits):
                 raise RuntimeError("no idea")
 
             def observe(self, request, hidden):
@@ -173,7 +175,7 @@ def test_a_head_that_is_trained_is_right(headed):
     job = engine.submit(prompt, SamplingParams(temperature=0, max_tokens=8))
     engine.step()
     proposer._hidden[job.requests[0]] = len(prompt), headed.model(read[:, :-1])[0]
-    assert proposer.propose(job.requests[0], 2) == drafted[1:]
+    assert proposer.propose(job.requests, [2]) == [drafted[1:]]
 
 
 @pytest.mark.parametrize(

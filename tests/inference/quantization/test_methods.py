@@ -68,9 +68,7 @@ def _largest_weight_first(weight, group):
     """Plain rounding: the largest weight of a group sets its scale."""
     rows = weight.reshape(-1, group)
     scale = rows.abs().amax(1, True) / 7
-    return type(
-        "Plain", (), {"dequantized": lambda self: ((rows / scale).round().clamp(-8, 7) * scale).view(weight.shape)}
-    )()
+    return type("Plain", (), {"dequantized": lambda self: ((rows / scale).round().clamp(-8, 7) * scale).view(weight.shape)})()
 
 
 def test_scales_are_what_float16_can_say():

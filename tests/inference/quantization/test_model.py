@@ -13,7 +13,7 @@ from headspring.inference.conversion import convert
 from headspring.inference.quantization.calibration import token_rows
 from headspring.inference.quantization.installing import install, installed, restore
 from headspring.inference.quantization.quantize import quantize
-from headspring.inference.quantization.report import report, sizes
+from headspring.inference.quantization.report import Baseline, report, sizes
 from headspring.inference.quantization.scheme import Quantization
 from headspring.models.folder import WEIGHTS
 
@@ -181,7 +181,7 @@ def test_gptq_calibrates_on_the_text_it_is_given(source, tmp_path):
     for name in ("int4", "int4-gptq"):
         scheme = Quantization(method=name, calibration=str(tmp_path / "text.txt"), tokens=2048)
         original, quantized = load(source), load(source, quantize=scheme)
-        hurts[name] = report(original.model, quantized.model, original.tokenizer, rows, name)
+        hurts[name] = report(Baseline(original.model, original.tokenizer, rows, torch.bfloat16), quantized.model, name)
     assert hurts["int4-gptq"].kl < 0.7 * hurts["int4"].kl
     with pytest.raises(UserError, match="cannot be read as text"):
         load(source, quantize=Quantization(method="int4-gptq", calibration=str(tmp_path / "none.txt")))
@@ -196,17 +196,33 @@ def test_a_report_finds_the_layer_that_hurts(source):
     install(damaged.model, matrices)
     damaged.model.compute_dtype = torch.bfloat16
     rows = token_rows(original.tokenizer, iter(TEXT), 200, 50)
-    good, bad = (report(original.model, lm.model, original.tokenizer, rows, "x") for lm in (quantized, damaged))
+    baseline = Baseline(original.model, original.tokenizer, rows, torch.bfloat16)
+    good, bad = (report(baseline, lm.model, "x") for lm in (quantized, damaged))
     assert bad.kl > 10 * good.kl and bad.layers[1].kl > 10 * max(bad.layers[0].kl, bad.layers[2].kl)
     assert bad.layers[1].error > 0.2 > 0.1 > max(layer.error for layer in good.layers)
-    same = report(original.model, original.model, original.tokenizer, rows, "x") if False else good
-    assert same.tokens == rows[:, 1:].numel() and 8 < same.bits < 9
+    assert good.tokens == rows[:, 1:].numel() and 8 < good.bits < 9
 
 
 def test_a_report_of_nothing_changed_is_zero(source):
     original = load(source)
     rows = token_rows(original.tokenizer, iter(TEXT), 100, 50)
-    from headspring.models import scoring
+    found = report(Baseline(original.model, original.tokenizer, rows, torch.float32), original.model, "none")
+    assert abs(found.kl) < 1e-6 and found.same_best == 1.0 and found.bits == 32.0
+    assert found.bits_per_byte == found.original_bits_per_byte > 1.0
+    assert all(layer.error == 0.0 and abs(layer.kl) < 1e-6 for layer in found.layers) and len(found.layers) == 3
 
-    hidden = original.model(rows)
-    assert scoring.divergence(original.model, hidden, original.model, hidden).abs().max() < 1e-6
+
+def test_the_command_reports_and_writes(source, tmp_path, capsys):
+    from headspring.cli.convert import convert as command
+
+    command(str(source), tmp_path / "small", quantize="int4", held_out=100)
+    said = capsys.readouterr().out
+    assert "bits a weight" in said and "the layers that hurt most" in said
+    command(str(source), tmp_path / "again", quantize="int8", held_out=0, as_json=True)
+    assert json.loads(capsys.readouterr().out)["quantization"] == {"scheme": "int8"}
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["quantization"]["kl"] > 0
+    for options, why in (({"dtype": "bf16"}, "leave --dtype out"), ({"to": "gguf"}, "GGUF is a file")):
+        with pytest.raises(UserError, match=why):
+            command(str(source), tmp_path / "other", quantize="int8", **options)
+    with pytest.raises(UserError, match="--calibration is the text that int4-gptq reads"):
+        command(str(source), tmp_path / "other", quantize="int8", calibration=tmp_path / "a.txt")

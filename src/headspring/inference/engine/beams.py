@@ -1,12 +1,12 @@
 """Beam search: the likeliest answers that can be found by going on, at each place, with the `beam_width` likeliest beginnings.
 
-The rules are those of `transformers` (its `_beam_search`), so that equal settings find equal answers: of twice as many candidates
-as there are beams (more where there are more stop tokens) those that do not end go on; one that ends is an answer if it is among
-the first `beam_width`; answers are ranked by Σ log p / length ** `length_penalty`. `early_stopping` says when no running beam
-could still beat the worst answer.
+The rules are those of `transformers` (its `_beam_search`), so that equal settings find equal answers: of twice as many
+candidates as there are beams (more where there are more stop tokens) those that do not end go on; one that ends is an answer if
+it is among the first `beam_width`; answers are ranked by Σ log p / length ** `length_penalty`. `early_stopping` says when no
+running beam could still beat the worst answer.
 
-Here a beam is a sequence like any other. Its pages are shared with the beams that it split from; which of them the scheduler runs
-in one step does not matter, because a beam keeps its hidden state (`Sequence.row`) until those of all others are there.
+Here a beam is a sequence like any other. Its pages are shared with the beams that it split from; which of them the scheduler
+runs in one step does not matter, because a beam keeps its hidden state (`Sequence.row`) until those of all others are there.
 """
 
 from dataclasses import dataclass

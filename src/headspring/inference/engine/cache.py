@@ -10,8 +10,9 @@ unused longest given away first), or *free*.
 
 A page is found by the serial number of the page before it and by its own 32 tokens, both compared: nothing is hashed to
 something shorter, so no two prefixes can be taken for each other (CVE-2025-25183 was that). Serial numbers are never given
-twice, and an entry whose predecessor is gone cannot be reached. The first page's predecessor is the job's scope: another client's
-key, or another edit of the activations, is another root. Pages are given back last one first, so that beginnings live longest.
+twice, and an entry whose predecessor is gone cannot be reached. The first page's predecessor is the job's scope: another
+client's key, or another edit of the activations, is another root. Pages are given back last one first, so that beginnings live
+longest.
 
 Forks share all pages. The last one, which may have room, is copied by whoever writes to it while others hold it.
 
@@ -119,7 +120,7 @@ class Cache:
     # ---- taking and giving back
 
     def reserve(self, sequence: Sequence, count: int) -> list[Copy] | None:
-        """Room for `count` tokens after those computed; what must be copied first, or None (and nothing taken) where pages lack."""
+        """Room for `count` tokens after those computed. What must be copied first; None, and nothing taken, where pages lack."""
         have, want = len(sequence.tables[0]) if sequence.tables else 0, math.ceil((sequence.computed + count) / PAGE)
         if not sequence.tables:
             sequence.tables = [[] for _ in self.groups]

@@ -43,8 +43,9 @@ class Job:
     """`number` counts arrivals. `source` is what an encoder reads and `soft` what towers saw; `scope` is what a prefix must
     have in common, beside its tokens, to be shared: the client's key and the description of its edits.
 
-    Once it has `finished` as "finished": `generations`; `seen`, what each answer's inspection saw, by its number;
-    `prompt_logprobs` (natural, of every token of the prompt but the first) and `prompt_tops` where asked for. Once it has failed: `error`."""
+    Once it has `finished` as "finished": `generations`; `seen`, what each answer's inspection saw, by its number; and, where
+    asked for, `prompt_logprobs` (natural, of every token of the prompt but the first) and `prompt_tops`. Once it has failed:
+    `error`."""
 
     number: int
     prompt: list[int]

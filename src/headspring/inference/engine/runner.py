@@ -32,7 +32,7 @@ SPARE = 8  # pages by which a table grows at once
 
 
 class Runner(Protocol):
-    """What the engine asks of one: `groups` of layers with their pages, and `shares` where known prefixes can be read from them."""
+    """What the engine asks of one: `groups` of layers with their pages, and `shares`: whether known prefixes can be read."""
 
     groups: list[Group]
     shares: bool
@@ -99,8 +99,8 @@ class PlainRunner:
 
 
 class RaggedRunner:
-    """A causal stack: all sequences of a step side by side in one row (`models.ragged`). A layer that reads no pages has a state for
-    each sequence; prefixes are then not shared, because such a state cannot be had as it was somewhere in between."""
+    """A causal stack: all sequences of a step side by side in one row (`models.ragged`). A layer that reads no pages has a state
+    for each sequence; prefixes are then not shared, because such a state cannot be had as it was somewhere in between."""
 
     def __init__(self, model: ModelModule, config: EngineConfig):
         self.model, self.stack = model, stack_of(model)
@@ -198,8 +198,8 @@ class Tables:
 
 
 def groups_in(config: EngineConfig, model: ModelModule, sizes: Mapping[int | None, int]) -> list[Group]:
-    """Pages for each group of layers, whose page has `sizes` bytes: so many that as many whole sequences as possible fit into the
-    memory, and no more than can be used at once. Raises `UserError` where not even one page of each fits."""
+    """Pages for each group of layers, whose page has `sizes` bytes: so many that as many whole sequences as possible fit into
+    the memory, and no more than can be used at once. Raises `UserError` where not even one page of each fits."""
     context = min(model.config.context, config.context or model.config.context)
     most = {window: Group(window, 0).most_pages(context, config.chunk) for window in sizes}
     bytes_each = sum(size * most[window] * (1 if window is None else 2) for window, size in sizes.items())

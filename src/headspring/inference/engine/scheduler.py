@@ -4,9 +4,9 @@ A step has room for `chunk` tokens. First come the sequences that need one token
 that are being read, then waiting ones as long as places, tokens and pages last; all by rank: priority, then arrival. A prompt
 gets what is left of the chunk, so that reading a long one slows the others down and never stops them.
 
-Where pages run out, the sequence of the last rank gives all of its own back and waits again; it will be computed anew, to the same
-bits (*preemption by recompute*: a copy elsewhere would need a second pool, and on a CPU is read at the same speed). The first in rank
-is never preempted by others, and `Engine.submit` takes no job that would not fit alone: so somebody always gets on.
+Where pages run out, the sequence of the last rank gives all of its own back and waits again; it will be computed anew, to the
+same bits (*preemption by recompute*: a copy elsewhere would need a second pool, and on a CPU is read at the same speed). The
+first in rank is never preempted by others, and `Engine.submit` takes no job that would not fit alone: so somebody always gets on.
 """
 
 from bisect import insort

@@ -59,13 +59,13 @@ class Schedule:
 
 def requests(lm: LanguageModel, seed: int, count: int, prompt: int, new: int, forks: bool = True) -> list[Asked]:
     """`count` sampled requests of up to `prompt` random tokens that begin alike, for up to `new` more tokens each."""
-    draw, tokens = random.Random(seed), lm.tokenizer.vocab_size
-    shared = [draw.randrange(tokens) for _ in range(prompt)]
+    draw, ids_of, tokens = random.Random(seed), random.Random(seed), lm.tokenizer.vocab_size
+    shared = [ids_of.randrange(tokens) for _ in range(prompt)]
     asked = []
     for number in range(count):
         length = draw.randint(1, prompt)
         kept = draw.randint(0, length)
-        ids = shared[:kept] + [draw.randrange(tokens) for _ in range(length - kept)]
+        ids = shared[:kept] + [ids_of.randrange(tokens) for _ in range(length - kept)]
         n = draw.choice((1, 1, 2, 3)) if forks else 1
         params = SamplingParams(max_tokens=draw.randint(1, new), seed=number, n=n, ignore_eos=True)
         asked.append((ids, params))

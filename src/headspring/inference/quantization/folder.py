@@ -57,7 +57,8 @@ def is_quantized(folder: Path) -> bool:
 
 
 def load_quantized(folder: Path, dtype: torch.dtype | None = None) -> ModelModule:
-    """The model, ready to be asked, activations in `dtype` or the one it was saved with. Raises `CorruptArtifact` where weights and config do not belong together."""
+    """The model, ready to be asked, activations in `dtype` or the one it was saved with. Raises `CorruptArtifact` where weights
+    and config do not belong together."""
     described = read_json(Path(folder) / CONFIG)
     try:
         model = Model.choose(described["model"]).module()

@@ -32,14 +32,13 @@ def read(path: Path, dtype: torch.dtype | None, how: str | Quantization | None, 
     """The model at `path`. `dtype` is that of the weights, or None for the stored one; of whole numbers it is that of the
     activations, bfloat16 by default. Raises `UserError`."""
     if how == AUTO:
-        how = KEEP if dtype is None and is_gguf(path) and kernels.multiplies_natively(torch.empty(0, dtype=ACTIVATIONS)) else None
-        if how is None or not (kept := _kept(path, dtype))[1]:
-            return _as_stored(path, dtype)
-        return _installed(*kept, dtype)
+        fast = dtype is None and is_gguf(path) and kernels.multiplies_natively(torch.empty(0, dtype=ACTIVATIONS))
+        kept = _kept(path) if fast else None
+        return _installed(*kept, dtype) if kept and kept[1] else _as_stored(path, dtype)
     if how is None:
         return _as_stored(path, dtype)
     if how == KEEP:
-        model, matrices = _kept(path, dtype)
+        model, matrices = _kept(path)
         if not matrices:
             raise UserError(f"{path}: holds no blocks to keep; leave quantize out")
         return _installed(model, matrices, dtype)
@@ -67,7 +66,7 @@ def _as_stored(path: Path, dtype: torch.dtype | None) -> ModelModule:
     return model
 
 
-def _kept(path: Path, dtype: torch.dtype | None) -> tuple[ModelModule, Matrices]:
+def _kept(path: Path) -> tuple[ModelModule, Matrices]:
     if not is_gguf(path):
         raise UserError(f"{path}: quantize='keep' is for the blocks of a .gguf file; leave it out, or name a scheme")
     return read_gguf(path, keep=True)

@@ -1,7 +1,8 @@
 """What a quantized model costs in bytes, and in quality, against the one it was made from.
 
-Both read the same held-out text. Bits per byte are their own losses; KL(original ‖ quantized) is how far the distribution of
-the next token has moved, the measure that sees damage which a loss on some text happens to hide. Then each layer alone:
+Both read the same held-out text, with activations in the same dtype. Bits per byte are their own losses; KL(original ‖
+quantized) is how far the distribution of the next token has moved, which shows damage that a loss on some text happens to
+hide. Then each layer alone:
 
     error   ‖block_q(x) − block(x)‖ / ‖block(x) − x‖ on the original's stream x: what the layer gets wrong of what it adds
     kl      KL of the outputs where this layer alone is quantized: what that does in the end
@@ -9,7 +10,7 @@ the next token has moved, the measure that sees damage which a loss on some text
 A layer's error says where precision is lost, its KL whether that hurts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import log
 from typing import Any
@@ -25,7 +26,7 @@ from headspring.models.model import ModelModule
 from headspring.models.stack import StackModule
 from headspring.tokenization.tokenizer import Tokenizer
 
-LAYER_TOKENS = 1024  # for the figures of single layers, each of which needs a pass through the layers above it
+LAYER_TOKENS = 256  # for the figures of single layers, each of which needs a pass through the layers above it
 
 
 @dataclass(frozen=True)
@@ -57,32 +58,65 @@ class Report:
         return asdict(self)
 
 
+class Baseline:
+    """What the original says of held-out text: computed once, for any number of quantized models."""
+
+    @torch.inference_mode()
+    def __init__(self, model: ModelModule, tokenizer: Tokenizer, rows: torch.Tensor, dtype: torch.dtype):
+        """`rows` (N, T) int64; activations in `dtype`, those of the quantized models."""
+        self.model, self.rows, self.dtype = model, rows, dtype
+        self.bytes = sum(len(tokenizer.token_bytes(token)) for token in rows[:, 1:].flatten().tolist())
+        with model.computing_in(dtype), task("reading", len(rows)) as bar:
+            self.hidden = [_advanced(bar, model(row[:, :-1])) for row in rows.split(1)]
+            self.nats = sum(_nats(model, hidden, row) for hidden, row in zip(self.hidden, rows.split(1)))
+            self.best = [model.logits(hidden).argmax(-1) for hidden in self.hidden]
+            self.stack = _stack(model)
+            if self.stack is not None:  # the streams between its blocks, for the figures of single layers
+                x, self.context = enter(self.stack, rows[:1, :LAYER_TOKENS])
+                self.streams = [x]
+                for block in self.stack.layers:
+                    self.streams.append(block(self.streams[-1], self.context))
+
+
 @torch.inference_mode()
-def report(original: ModelModule, quantized: ModelModule, tokenizer: Tokenizer, rows: torch.Tensor, scheme: str) -> Report:
-    """`rows` (N, T) int64 of held-out text; both models on the CPU."""
-    nats, kl, same = torch.zeros(2, dtype=torch.float64), 0.0, 0
-    with task("comparing", len(rows)) as bar:
-        for row in rows.split(1):
-            hidden = [model(row[:, :-1]) for model in (original, quantized)]
-            for i, model in enumerate((original, quantized)):
-                nats[i] -= scoring.log_probs(model, hidden[i], row[:, 1:]).double().sum()
-            kl += float(scoring.divergence(original, hidden[0], quantized, hidden[1]).double().sum())
-            best = [model.logits(states).argmax(-1) for model, states in zip((original, quantized), hidden)]
-            same += int((best[0] == best[1]).sum())
-            bar.advance(1)
-    count = rows[:, 1:].numel()
-    num_bytes = sum(len(tokenizer.token_bytes(token)) for token in rows[:, 1:].flatten().tolist())
-    bits_per_byte = (nats / log(2) / max(1, num_bytes)).tolist()
+def report(baseline: Baseline, quantized: ModelModule, scheme: str) -> Report:
+    """`quantized` against the model of the baseline, both on the CPU."""
+    nats, kl, same = 0.0, 0.0, 0
+    with baseline.model.computing_in(baseline.dtype), task("comparing", len(baseline.rows)) as bar:
+        for row, before, best in zip(baseline.rows.split(1), baseline.hidden, baseline.best):
+            hidden = _advanced(bar, quantized(row[:, :-1]))
+            nats += _nats(quantized, hidden, row)
+            kl += float(scoring.divergence(baseline.model, before, quantized, hidden).double().sum())
+            same += int((best == quantized.logits(hidden).argmax(-1)).sum())
+        layers = tuple(_layers(baseline, quantized))
+    count = baseline.rows[:, 1:].numel()
+    original, changed = (value / log(2) / max(1, baseline.bytes) for value in (baseline.nats, nats))
     return Report(
         scheme=scheme,
-        **sizes(original, quantized),
+        **sizes(baseline.model, quantized),
         tokens=count,
-        original_bits_per_byte=bits_per_byte[0],
-        bits_per_byte=bits_per_byte[1],
+        original_bits_per_byte=original,
+        bits_per_byte=changed,
         kl=kl / count,
         same_best=same / count,
-        layers=tuple(_layers(original, quantized, rows)),
+        layers=layers,
     )
+
+
+def _advanced(bar: Any, hidden: torch.Tensor) -> torch.Tensor:
+    bar.advance(1)
+    return hidden
+
+
+def _nats(model: ModelModule, hidden: torch.Tensor, row: torch.Tensor) -> float:
+    """What the tokens of a row cost after its first."""
+    return -float(scoring.log_probs(model, hidden, row[:, 1:]).double().sum())
+
+
+def _stack(model: ModelModule) -> StackModule | None:
+    """The blocks that text passes through one after the other, where a model is such a stack."""
+    inner = model.body if isinstance(model, AroundModule) else model
+    return inner if isinstance(inner, StackModule) else None
 
 
 def sizes(original: ModelModule, quantized: ModelModule) -> dict[str, Any]:
@@ -101,29 +135,21 @@ def sizes(original: ModelModule, quantized: ModelModule) -> dict[str, Any]:
     }
 
 
-def _layers(original: ModelModule, quantized: ModelModule, rows: torch.Tensor) -> list[LayerReport]:
-    """One line a layer, for models that are a stack of blocks; none for others."""
-    stacks = [model.body if isinstance(model, AroundModule) else model for model in (original, quantized)]
-    if not all(isinstance(stack, StackModule) for stack in stacks):
-        return []
-    rows = rows[: max(1, LAYER_TOKENS // rows.shape[1])]
-    first: StackModule = stacks[0]  # type: ignore[assignment]
-    x, context = enter(first, rows)
-    streams = [x]
-    for block in first.layers:
-        streams.append(block(streams[-1], context))
+def _layers(baseline: Baseline, quantized: ModelModule) -> Iterator[LayerReport]:
+    """One report a layer, for models that are a stack of blocks; none for others."""
+    first, second, streams = baseline.stack, _stack(quantized), getattr(baseline, "streams", [])
+    if first is None or second is None:
+        return
     hidden = leave(first, streams[-1])
-    reports = []
     with task("single layers", len(first.layers)) as bar:
-        for i, block in enumerate(stacks[1].layers):  # type: ignore[arg-type]
-            changed = block(streams[i].to(quantized.compute_dtype), context).to(x.dtype)
+        for i, block in enumerate(second.layers):
+            changed = block(streams[i], baseline.context)
             error = (changed - streams[i + 1]).float().norm() / (streams[i + 1] - streams[i]).float().norm().clamp(min=1e-30)
             for later in first.layers[i + 1 :]:
-                changed = later(changed, context)
-            kl = scoring.divergence(original, hidden, original, leave(first, changed)).double().mean()
-            reports.append(LayerReport(i, float(error), float(kl)))
+                changed = later(changed, baseline.context)
+            kl = scoring.divergence(baseline.model, hidden, baseline.model, leave(first, changed)).double().mean()
+            yield LayerReport(i, float(error), float(kl))
             bar.advance(1)
-    return reports
 
 
 def as_text(found: Mapping[str, Any], worst: int = 5) -> list[str]:
@@ -133,7 +159,8 @@ def as_text(found: Mapping[str, Any], worst: int = 5) -> list[str]:
     ratio = found["original_bytes"] / found["bytes"]
     lines = [
         f"{found['bits']:.2f} bits a weight, {found['bytes'] / 1e6:,.1f} MB in memory ({ratio:.1f} times less)",
-        f"bits per byte {found['original_bits_per_byte']:.4f} → {found['bits_per_byte']:.4f}, KL {found['kl']:.4f} nats a token, "
+        f"bits per byte {found['original_bits_per_byte']:.4f} → {found['bits_per_byte']:.4f}, "
+        f"KL {found['kl']:.4f} nats a token, "
         f"same best token {100 * found['same_best']:.1f} %, over {found['tokens']:,} held-out tokens",
     ]
     if found["layers"]:

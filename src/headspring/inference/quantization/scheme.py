@@ -58,4 +58,4 @@ class Quantization(Value):
         found = _NAME.fullmatch(name)
         if found is None:
             raise UserError(f"quantize={name!r} is unknown; use {NAMES}; or keep, for the blocks of a .gguf file")
-        return Quantization(method=found[1], group=int(found[2]) if found[2] else None)  # type: ignore[arg-type]
+        return Quantization(method=found[1], group=int(found[2]) if found[2] else None)

@@ -1,7 +1,6 @@
 """Speculation: tokens are proposed cheaply, and checked many at a time by the model whose tokens they would be."""
 
 from headspring.inference.speculation.controller import Controller
-from headspring.inference.speculation.drafting import Drafting
 from headspring.inference.speculation.looking_ahead import LookingAhead
 from headspring.inference.speculation.lookup import Lookup
 from headspring.inference.speculation.speculator import Proposer, Speculator
@@ -10,7 +9,6 @@ from headspring.inference.speculation.values import Draft, EarlyExit, MultiToken
 __all__ = [
     "Controller",
     "Draft",
-    "Drafting",
     "EarlyExit",
     "LookingAhead",
     "Lookup",

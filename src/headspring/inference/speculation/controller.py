@@ -1,8 +1,9 @@
 """Whether proposing pays: measured, not believed.
 
 Proposals cost the time to make them and rows of a step to check them; they save steps where they are right. Which is more
-depends on the text, on the machine and on how many answers run together. So both ways are tried for a few steps each, and the one that
-gave more tokens a second goes on, for a period. Then the other one is tried again; each time it loses, the period doubles.
+depends on the text, on the machine and on how many answers run together. So both ways are tried for a few steps each, and the
+one that gave more tokens a second goes on, for a period. Then the other one is tried again; each time it loses, the period
+doubles.
 
 This decides about time alone. Tokens are the same either way.
 """

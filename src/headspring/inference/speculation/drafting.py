@@ -5,72 +5,104 @@ distributions that are alike then mostly give the same token at the same number:
 intervals for t overlap. That is what makes a draft worth its time at temperature 1, and it is all a draft can do: the check
 does not ask how it came about.
 
-Each answer has a state of its own in the draft model. What it read and the answer did not take is forgotten by `rewind`.
+The draft model runs as the engine's own does, all answers side by side, with pages of its own. What it read and the answer did
+not take is forgotten; an answer whose pages were needed for another is read again.
 """
 
 from collections import OrderedDict
-from weakref import ref
+from collections.abc import Sequence as Rows
+from collections.abc import Set
 
 import torch
-from torch import Tensor
 
 from headspring.inference.adjusting import choose
+from headspring.inference.engine.cache import Cache
+from headspring.inference.engine.config import EngineConfig
+from headspring.inference.engine.job import Job
+from headspring.inference.engine.runner import runner_for
+from headspring.inference.engine.sequence import Sequence, Work
 from headspring.inference.generation import Request
 from headspring.models.model import ModelModule
-from headspring.models.state import SNAPSHOTS, KeyValueState, State
+from headspring.models.packed import pack_for_serving
+from headspring.models.state import SNAPSHOTS
 
-STATES = 64  # answers whose states are kept; the draft model reads another one's text again
+CHUNK = 512  # tokens of a text that are read at a time
+KEPT = 256  # answers whose drafts are kept; more than run together
 
 
 class Drafting:
     """A proposer with a model of its own, whose tokenizer has `named` ids."""
 
     def __init__(self, model: ModelModule, named: int):
+        pack_for_serving(model)
         self.model, self.named = model, named
-        self._states: OrderedDict[ref[Request], State] = OrderedDict()
+        self.runner = runner_for(model, EngineConfig())
+        self.cache = Cache(self.runner.groups, sharing=False)
+        self.drafts: OrderedDict[Request, Sequence] = OrderedDict()  # the one unused longest first
 
     @torch.inference_mode()
-    def propose(self, request: Request, limit: int) -> list[int]:
-        text = request.prompt + request.token_ids
-        if len(text) >= self.model.config.context:
-            return []
-        limit = min(limit, self.model.config.context - len(text))
-        state = self._state(request, text)
-        proposed: list[int] = []
-        unread = text[state.length :]
-        while len(proposed) < limit:
-            hidden = self.model(torch.tensor([unread], device=self.model.device), state=state)
-            logits = self.model.logits(hidden[:, -1])[:, : self.named]
-            token = choose(request, logits, proposed)
-            if token is None:
-                break
-            proposed.append(token)
-            if token in request.stop_ids:
-                break
-            unread = [token]
+    def propose(self, requests: Rows[Request], limits: Rows[int]) -> list[list[int]]:
+        for ended in [request for request in self.drafts if request.finish_reason is not None]:
+            self._drop(ended)
+        proposed, going = [list[int]() for _ in requests], []
+        for i, (request, limit) in enumerate(zip(requests, limits, strict=True)):
+            if limit and len(request.prompt) + len(request.token_ids) < self.model.config.context:
+                going.append((self._draft(request), limit, proposed[i]))
+        using = {draft.request for draft, _, _ in going}
+        while going := [one for one in going if self._make_room(one[0], using)]:
+            tokens = self._step([(draft, written) for draft, _, written in going])
+            for (draft, _, written), token in zip(going, tokens, strict=True):
+                if token is not None:
+                    written.append(token)
+                    draft.tokens.append(token)
+            going = [one for one, token in zip(going, tokens, strict=True) if self._goes_on(*one, token)]
         return proposed
 
-    def _state(self, request: Request, text: list[int]) -> State:
-        """The state of this answer, at the longest beginning of `text` that it has read, short of the last token."""
-        key = ref(request, self._drop)
-        state = self._states.pop(key, None)
-        if state is not None:
-            read = state.tokens[0].tolist()
-            common = next((i for i, (a, b) in enumerate(zip(read, text)) if a != b), min(len(read), len(text)))
-            back = state.length - min(common, len(text) - 1)
-            if back <= SNAPSHOTS or all(isinstance(layer, KeyValueState) for layer in state.layers):
-                state.rewind(back)
-            else:
-                state = None
-        if state is None:
-            state = self.model.new_state(1, min(len(text) + request.remaining, self.model.config.context))
-        self._states[key] = state
-        if len(self._states) > STATES:
-            self._states.popitem(last=False)
-        return state
+    def _goes_on(self, draft: Sequence, limit: int, written: list[int], token: int | None) -> bool:
+        over = token is None or token in draft.request.stop_ids
+        return not over and len(written) < limit and len(draft.tokens) < self.model.config.context
 
-    def _drop(self, key: "ref[Request]") -> None:
-        self._states.pop(key, None)
+    def _step(self, drafts: Rows[tuple[Sequence, list[int]]]) -> list[int | None]:
+        """The next token of each draft after what it has written; None where a structure allows none."""
+        for draft, _ in drafts:
+            while draft.uncomputed > CHUNK:
+                self._run([Work(draft, CHUNK)])
+        hidden = self._run([Work(draft, draft.uncomputed, 1) for draft, _ in drafts])
+        logits = self.model.logits(hidden)[:, : self.named]
+        return [choose(draft.request, row[None], written) for (draft, written), row in zip(drafts, logits, strict=True)]
 
-    def observe(self, request: Request, hidden: Tensor) -> None:
+    def _run(self, work: list[Work]) -> torch.Tensor:
+        hidden = self.runner.run(work)
+        for item in work:
+            item.sequence.computed += item.count
+        return hidden
+
+    def _draft(self, request: Request) -> Sequence:
+        """The draft of an answer, with what it has read that still stands."""
+        text = request.prompt + request.token_ids
+        draft = self.drafts.pop(request, None) or Sequence(Job(0, request.prompt, request.params), request, 0)
+        same = next((i for i, (a, b) in enumerate(zip(draft.tokens, text, strict=False)) if a != b), len(text))
+        kept = min(same, draft.computed, len(text) - 1)
+        if draft.state is not None and draft.computed - kept > SNAPSHOTS:
+            self.cache.release(draft)  # a folded state does not go back so far
+        elif kept < draft.computed:
+            self.cache.shorten(draft, kept if draft.state is None else self.runner.boundary(draft, kept))
+        draft.tokens, self.drafts[request] = text, draft
+        if len(self.drafts) > KEPT:
+            self._drop(next(iter(self.drafts)))
+        return draft
+
+    def _make_room(self, draft: Sequence, using: Set[Request]) -> bool:
+        """Pages for what a draft has to compute, at the cost of drafts that nobody asks for now; else it proposes no more."""
+        while self.cache.reserve(draft, draft.uncomputed) is None:
+            if (unused := next((request for request in self.drafts if request not in using), None)) is None:
+                self.cache.release(draft)
+                return False
+            self._drop(unused)
+        return True
+
+    def _drop(self, request: Request) -> None:
+        self.cache.release(self.drafts.pop(request))
+
+    def observe(self, request: Request, hidden: torch.Tensor) -> None:
         """It has hidden states of its own."""

@@ -4,6 +4,7 @@ A head's block reads the hidden states that the model left behind, so that those
 answer. A head keeps no state and sees no further back than that; it may be wrong at no cost but time.
 """
 
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,7 +24,10 @@ class LookingAhead:
         self._hidden: WeakKeyDictionary[Request, tuple[int, Tensor]] = WeakKeyDictionary()
 
     @torch.inference_mode()
-    def propose(self, request: Request, limit: int) -> list[int]:
+    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+        return [self._propose(request, limit) if limit else [] for request, limit in zip(requests, limits, strict=True)]
+
+    def _propose(self, request: Request, limit: int) -> list[int]:
         """The most likely tokens; the first of what the heads see is known by now."""
         text = request.prompt + request.token_ids
         end, hidden = self._hidden.get(request, (0, None))

@@ -41,7 +41,10 @@ class Lookup:
         self._longest, self._shortest = longest, shortest
         self._indices: WeakKeyDictionary[Request, Index] = WeakKeyDictionary()
 
-    def propose(self, request: Request, limit: int) -> list[int]:
+    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+        return [self._propose(request, limit) if limit else [] for request, limit in zip(requests, limits, strict=True)]
+
+    def _propose(self, request: Request, limit: int) -> list[int]:
         index = self._indices.get(request)
         if index is None:
             index = self._indices[request] = Index(self._longest, self._shortest)

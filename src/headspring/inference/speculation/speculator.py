@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class Proposer(Protocol):
     """A way to guess the tokens that come next."""
 
-    def propose(self, request: Request, limit: int) -> list[int]:
-        """At most `limit` tokens to follow the request's text."""
+    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+        """For each request, at most `limit` tokens to follow its text."""
         ...
 
     def observe(self, request: Request, hidden: Tensor) -> None:
@@ -58,20 +58,18 @@ class Speculator:
         """Proposals for each of the requests that get one token in this step, at most `room` in all."""
         self._started = self.clock()
         self._proposes = bool(requests) and self.controller.of(len(requests)).way
-        proposals: list[list[int]] = []
+        if not self._proposes:
+            return [[] for _ in requests]
+        limits = []
         for request in requests:
-            limit = min(self._limits.get(request, self.most), request.remaining - 1, room) if self._proposes else 0
-            tokens = self._propose(request, limit) if limit > 0 else []
-            room -= len(tokens)
-            proposals.append(tokens)
-        return proposals
-
-    def _propose(self, request: Request, limit: int) -> list[int]:
+            limits.append(max(0, min(self._limits.get(request, self.most), request.remaining - 1, room)))
+            room -= limits[-1]
         try:
-            return self.proposer.propose(request, limit)[:limit]
+            proposals = self.proposer.propose(requests, limits)
         except Exception:
             log.exception("a proposer failed; the step goes on without its proposals")
-            return []
+            return [[] for _ in requests]
+        return [tokens[:limit] for tokens, limit in zip(proposals, limits, strict=True)]
 
     def check(self, request: Request, proposed: int, hidden: Tensor) -> None:
         """A request got its tokens from rows `hidden` (n, D), the first n of those computed; `proposed` were tried."""

@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from headspring.artifacts import UserError
 from headspring.artifacts.value import Variant
-from headspring.inference.speculation.drafting import Drafting
 from headspring.inference.speculation.looking_ahead import LookingAhead
 from headspring.inference.speculation.lookup import Lookup
 from headspring.models.early_exit import exit_after
@@ -55,6 +54,7 @@ class Draft(Speculation):
 
     def proposer(self, model: ModelModule, tokenizer: Tokenizer) -> "Proposer":
         from headspring.inference.language_model import LanguageModel
+        from headspring.inference.speculation.drafting import Drafting
 
         draft = LanguageModel.load(self.model, device=model.device, dtype=model.compute_dtype)
         if draft.tokenizer.library.get_vocab() != tokenizer.library.get_vocab():
@@ -72,6 +72,8 @@ class EarlyExit(Speculation):
     layers: int = Field(ge=1)
 
     def proposer(self, model: ModelModule, tokenizer: Tokenizer) -> "Proposer":
+        from headspring.inference.speculation.drafting import Drafting
+
         try:
             return Drafting(exit_after(model, self.layers), tokenizer.vocab_size)
         except ValueError as error:

@@ -44,8 +44,8 @@ def import_gguf(path: str | Path, dtype: torch.dtype | None = None) -> ModelModu
 def read_gguf(
     path: str | Path, dtype: torch.dtype | None = None, keep: bool = False
 ) -> tuple[ModelModule, dict[str, QuantizedMatrix]]:
-    """`import_gguf`, and where `keep` the matrices that the file holds in blocks, by the name of their parameter, whose place in
-    the model NaN takes."""
+    """`import_gguf`, and where `keep` the matrices that the file holds in blocks, by the name of their parameter; in the model
+    NaN takes their place."""
     file = GgufFile(path)
     tensors = {name: info.shape for name, info in file.tensors.items()}
     try:
