@@ -31,7 +31,7 @@ def run(tokenizer, seed: int, steps: int) -> World:
 def test_each_request_ends_once_and_nothing_is_left(tokenizer):
     ends = set()
     for seed in range(3):
-        world = run(tokenizer, seed, 2000)
+        world = run(tokenizer, seed, 1500)
         ends |= set(world.ends_seen)
     assert ends == {"finished", "stopped", "cancelled", "timeout", "rejected", "failed"}
 

@@ -51,7 +51,7 @@ def test_it_serves_drains_on_sigterm_and_ends_with_0(folder):
         assert httpx.get(f"{url}/health").status_code == 200 and httpx.get(f"{url}/v1/models").status_code == 401
         models = httpx.get(f"{url}/v1/models", headers=headers).json()
         assert [one["id"] for one in models["data"]] == ["a"]
-        body = {"model": "a", "prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True, "temperature": 0}
+        body = {"model": "a", "prompt": "x", "max_tokens": 1500, "ignore_eos": True, "stream": True, "temperature": 0}
         lines, begun = [], threading.Event()
 
         def read():

@@ -15,6 +15,7 @@ from PIL import Image
 from headspring.inference import LanguageModel
 from headspring.inference.engine import EngineConfig
 from headspring.models import Attention, Block, Encoder, Full, SwiGLU, repeat
+from headspring.models.families import FAMILIES
 from headspring.serving import Limits, ServerConfig, create_app
 from headspring.serving.shapes import Chat, Completions, Embeddings, Error, Models, Tokens
 from tests.inference.tiny import tiny_model
@@ -405,3 +406,24 @@ def test_two_applications_in_one_process_do_not_add_up(lm):
     first, second = (Client(create_app({"tiny": lm}, ServerConfig(), ENGINE)) for _ in range(2))
     first.post("/v1/completions", completion(x=1))
     assert "unknown_field" in first.get("/metrics").text and "unknown_field" not in second.get("/metrics").text
+
+
+def in_family(name: str, vocab: int):
+    """The tiny model of a family, with as many tokens as the tokenizer."""
+    value = FAMILIES[name]()
+    if name == "encoder_decoder":
+        encoder, decoder = (side.model_copy(update={"vocab": vocab}) for side in (value.encoder, value.decoder))
+        return value.model_copy(update={"encoder": encoder, "decoder": decoder, "vocab": vocab})
+    return value.model_copy(update={"vocab": vocab})
+
+
+@pytest.mark.parametrize("name", ["encoder_decoder", "mamba", "gru"])
+def test_other_families_answer_too(name, tokenizer):
+    """Models without pages run whole or with states of their own, behind the same routes."""
+    lm = LanguageModel(in_family(name, tokenizer.vocab_size).build(1), tokenizer)
+    wanted = [one.text for one in lm.generate(["def", "the"], max_tokens=6, temperature=1.0, seed=2)]
+    with running({"other": lm}) as client:
+        body = {"model": "other", "prompt": ["def", "the"], "max_tokens": 6, "temperature": 1.0, "seed": 2}
+        got = client.post("/v1/completions", body).json()
+        assert [one["text"] for one in got["choices"]] == wanted
+        assert got["usage"]["prompt_tokens"] == len(lm.prompt_ids("def")) + len(lm.prompt_ids("the"))

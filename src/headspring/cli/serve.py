@@ -57,8 +57,8 @@ def serve(
         engine = EngineConfig(
             max_sequences=max_sequences,
             memory=None if memory is None else int(memory * 2**30),
-            cache_dtype=cache_dtype,  # type: ignore[arg-type]
-            speculation=_speculation(speculate),  # type: ignore[arg-type]
+            cache_dtype=cache_dtype,
+            speculation=_speculation(speculate),
         )
     except ValidationError as error:
         first = error.errors()[0]

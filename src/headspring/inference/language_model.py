@@ -170,8 +170,8 @@ class LanguageModel:
         return self.tokenizer.render(messages, add_generation_prompt=True).ids.tolist()
 
     def engine(self, **options: Any) -> Engine:
-        """An engine for this model, to submit requests to one by one. `options`: the fields of `EngineConfig`. It keeps what the
-        model made of prompts; give up an engine when the weights have changed."""
+        """An engine for this model, to submit requests to one by one. `options`: the fields of `EngineConfig`. It keeps what
+        the model made of prompts; give up an engine when the weights have changed."""
         return Engine(self.model, self.tokenizer, EngineConfig.of(**options))
 
     def _generate(

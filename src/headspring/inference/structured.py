@@ -28,6 +28,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from headspring.artifacts import HeadspringError, UserError, Value
+from headspring.inference.structured_budget import Budget, check_size, nesting
 from headspring.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ SPACE = r"(?: |\n {0,32})?"  # between the tokens of JSON: what compact, usual a
 JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}
 LONGEST_NUMBER = 40  # bytes of a JSON number after which no digit may follow
 IN_NUMBER = b"0123456789+-.eE"
+STEP_ITEMS = 10_000  # places in a grammar that a step may be at, a fraction of a second's work
 CACHED = 64  # compiled specifications a tokenizer
 
 
@@ -66,16 +68,6 @@ class Structured(Value):
         if sum(field is not None for field in (self.json_schema, self.regex, self.choice, self.grammar)) != 1:
             raise ValueError("give exactly one of json_schema, regex, choice and grammar")
         return self
-
-
-class Budget(Value):
-    """What a specification may cost: its own size, the levels and values in it, and its compilation."""
-
-    bytes: int = Field(65_536, gt=0, description="of the specification, in UTF-8")
-    depth: int = Field(32, gt=0, description="levels of nesting: of the schema's JSON, or of brackets")
-    nodes: int = Field(8_192, gt=0, description="values in the schema, or choices")
-    symbols: int = Field(100_000, gt=0, description="size of the grammar that it becomes")
-    seconds: float = Field(5.0, gt=0, description="of compilation, the first mask included")
 
 
 class Compiled:
@@ -204,7 +196,7 @@ def compile_structured(spec: Structured, tokenizer: Tokenizer, budget: Budget | 
 def _make(spec: Structured, words: "Words", budget: Budget) -> Compiled:
     from llguidance import LLMatcher, LLParserLimits
 
-    limits = LLParserLimits(max_grammar_size=budget.symbols, verbose_errors=False)
+    limits = LLParserLimits(max_grammar_size=budget.symbols, step_max_items=STEP_ITEMS, verbose_errors=False)
     parser = LLMatcher(words.library, grammar_of(spec, words.tokenizer), log_level=0, limits=limits)
     if parser.is_error():
         raise UserError(f"this structured output cannot be compiled: {one_line(parser.get_error())}")
@@ -249,53 +241,6 @@ def _within(seconds: float, make: Any) -> Compiled:
         return made.result(seconds)
     except Late:
         raise UserError(f"this structured output takes more than {seconds:g} seconds to compile; make it simpler") from None
-
-
-# ---- sizes, before anything is parsed
-
-
-def check_size(spec: Structured, budget: Budget) -> None:
-    """Raise `UserError` for a specification beyond its budget."""
-    if spec.json_schema is not None:
-        nodes, depth = extent(spec.json_schema)
-        _at_most(nodes, budget.nodes, "values")  # before it is written down, which recurses
-        _at_most(depth, budget.depth, "levels of nesting")
-        size = len(json.dumps(spec.json_schema).encode())
-    else:
-        texts = spec.choice or (spec.regex or spec.grammar or "",)
-        _at_most(len(texts), budget.nodes, "choices")
-        size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
-        _at_most(0 if spec.choice else nesting(texts[0]), budget.depth, "levels of nesting")
-    _at_most(size, budget.bytes, "bytes")
-
-
-def _at_most(found: int, limit: int, what: str) -> None:
-    if found > limit:
-        raise UserError(f"this structured output has {found:,} {what}, and {limit:,} are allowed; make it smaller")
-
-
-def extent(value: Any) -> tuple[int, int]:
-    """How many values are in a JSON value, itself included, and how deep it is; without recursion."""
-    nodes = deepest = 0
-    waiting: list[tuple[Any, int]] = [(value, 1)]
-    while waiting:
-        one, depth = waiting.pop()
-        nodes, deepest = nodes + 1, max(deepest, depth)
-        inside = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
-        waiting += [(child, depth + 1) for child in inside]
-    return nodes, deepest
-
-
-def nesting(text: str) -> int:
-    """How deep brackets are nested in a text, those in its quotes included."""
-    depth = deepest = 0
-    for character in text:
-        if character in "([{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in ")]}":
-            depth -= depth > 0
-    return deepest
 
 
 def one_line(message: str) -> str:

@@ -173,6 +173,9 @@ def product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None = N
     return y if bias is None else y + bias
 
 
+rejected_kinds: set[packing.Kind] = set()  # native products that failed their test here (inference/quantization/choice.py)
+
+
 def multiplies_natively(x: torch.Tensor, kind: packing.Kind = "bf16") -> bool:
     """Whether native products with matrices of this kind apply to a tensor like `x`."""
     return _multiplier(x, kind) is not None
@@ -180,7 +183,7 @@ def multiplies_natively(x: torch.Tensor, kind: packing.Kind = "bf16") -> bool:
 
 def _multiplier(x: torch.Tensor, kind: packing.Kind) -> native.Library | None:
     fits = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and kind != "bf16")
-    if not fits or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not fits or kind in rejected_kinds or x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     found = library()
     return found if found is not None and found.has_packed_products else None

@@ -113,24 +113,25 @@ class Worker {
         : shared_(shared), thread_(thread), threads_(threads), rows_(shared.rows), start_(rows_ * thread / threads),
           end_(rows_ * (thread + 1) / threads) {}
 
-    void compute(const Block &block, const std::vector<Strip> &work) {
+    // `after` is the first matrix that is read after this block.
+    void compute(const Block &block, const std::vector<Strip> &work, const Packed &after) {
         Memory &memory = shared_.memory;
         const int64_t width = block.width, hidden = block.down.inputs;
         const Rows mixed{memory.mixed.data(), block.qkv.outputs}, heads{memory.heads.data(), block.out.inputs};
         bf16 *x = shared_.x, *normed = memory.normed.data(), *both = memory.both.data(), *act = memory.act.data();
 
         normalised(x, block.mixer_gain, normed, width, block.mixer_epsilon);
-        multiplied(block.qkv, normed, width, mixed.data, block.qkv_bias, nullptr);
+        multiplied(block.qkv, normed, width, mixed.data, block.qkv_bias, nullptr, block.out);
         place(block, mixed);
         wait(block.out);
         attend(block, work, mixed, heads);
         wait(block.out);
-        multiplied(block.out, heads.data, heads.ld, x, block.out_bias, x);
+        multiplied(block.out, heads.data, heads.ld, x, block.out_bias, x, block.both);
         normalised(x, block.feedforward_gain, normed, width, block.feedforward_epsilon);
-        multiplied(block.both, normed, width, both, block.both_bias, nullptr);
+        multiplied(block.both, normed, width, both, block.both_bias, nullptr, block.down);
         for (int64_t r = start_; r < end_; r++)
             silu_multiply_row(both + r * 2 * hidden, both + r * 2 * hidden + hidden, act + r * hidden, hidden);
-        multiplied(block.down, act, hidden, x, block.down_bias, x);
+        multiplied(block.down, act, hidden, x, block.down_bias, x, after);
     }
 
   private:
@@ -147,11 +148,11 @@ class Worker {
     }
 
     // y = [add +] in Wᵀ [+ bias], of all rows and for all threads, each of which has made its own rows of `in`.
-    void multiplied(const Packed &w, const bf16 *in, int64_t ld, bf16 *y, const bf16 *bias, const bf16 *add) {
+    void multiplied(const Packed &w, const bf16 *in, int64_t ld, bf16 *y, const bf16 *bias, const bf16 *add, const Packed &next) {
         arrange(in, ld, rows_, w, shared_.scratch, thread_, threads_);
         wait(w);
         product(w, shared_.scratch, y, w.outputs, rows_, thread_, threads_, add, bias);
-        wait(w);
+        wait(next);
     }
 
     // Queries and keys, where they lie, normalised and rotated; keys and values to their pages. A head after the other.
@@ -222,6 +223,7 @@ extern "C" void blocks(int threads, const Block *blocks, int64_t count, const St
     memory.slots.clear();
     for (int64_t group = 0; group < step->groups; group++) memory.slots.push_back(slots(step->sequences[group]));
     Shared shared{*step, memory, Scratch(rows, make_room(memory, blocks, count, rows)), x, rows};
+    if (rows == 0) return;
     if (rows * blocks->both.outputs * blocks->width < 32768) threads = 1;  // not worth waking anyone
 #pragma omp parallel num_threads(threads)
     {
@@ -229,7 +231,7 @@ extern "C" void blocks(int threads, const Block *blocks, int64_t count, const St
         const std::vector<Strip> *strips = nullptr;
         for (int64_t i = 0; i < count; i++) {
             if (!work[i].empty()) strips = &work[i];
-            worker.compute(blocks[i], *strips);
+            worker.compute(blocks[i], *strips, blocks[std::min(i + 1, count - 1)].qkv);
         }
     }
 }

@@ -24,6 +24,7 @@ PROMPTS = [
     [*range(40, 110), 7],
     [2],
 ]
+NEW = 8  # tokens, at most
 SETTINGS = [
     {"temperature": 0.0},
     {"seed": 3},
@@ -49,7 +50,7 @@ def expected(lm):
 
 
 def params_of(setting: int, tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens=min(tokens, 12), ignore_eos=False, **SETTINGS[setting])
+    return SamplingParams(max_tokens=tokens, ignore_eos=False, **SETTINGS[setting])
 
 
 def bytes_of_page(lm) -> int:
@@ -62,7 +63,7 @@ def play(lm, expected, seed: int) -> dict[str, int]:
     sequences = luck.choice([1, 2, 3, 8])
     config = EngineConfig(
         max_sequences=sequences,
-        chunk=max(sequences, luck.choice([1, 3, 8, 40, 200])),
+        chunk=max(sequences, luck.choice([3, 8, 40, 200])),
         memory=bytes_of_page(lm) * luck.choice([3, 4, 6, 12, 40]),
         prefix_sharing=luck.random() < 0.8,
         max_queue=luck.choice([None, None, 3]),
@@ -72,18 +73,18 @@ def play(lm, expected, seed: int) -> dict[str, int]:
     asked = []
     while len(asked) < 7 or engine.jobs:
         if len(asked) < 7 and luck.random() < 0.5:
-            asked.append((None, prompt := luck.randrange(len(PROMPTS)), setting := luck.randrange(len(SETTINGS)), 12))
+            asked.append((None, prompt := luck.randrange(len(PROMPTS)), setting := luck.randrange(len(SETTINGS)), NEW))
             timeout = 3.0 if luck.random() < 0.1 else None
             try:
                 job = engine.submit(
                     PROMPTS[prompt],
-                    params_of(setting, 12),
+                    params_of(setting, NEW),
                     priority=luck.randrange(3),
                     key=luck.choice(["", "", "a"]),
                     timeout=timeout,
                     notify=(lambda update: None) if luck.random() < 0.3 else None,
                 )
-                asked[-1] = (job, prompt, setting, 12)
+                asked[-1] = (job, prompt, setting, NEW)
             except QueueFull:
                 pass
         if engine.jobs and luck.random() < 0.02:
@@ -115,8 +116,8 @@ def play_many(lm, expected, seeds) -> dict[str, int]:
 
 
 def test_every_schedule_gives_the_references_answers(lm, expected):
-    counted = play_many(lm, expected, range(30))
-    assert counted["finished"] > 100 and counted["preempted"] > 20 and counted["hits"] > 20 * PAGE
+    counted = play_many(lm, expected, range(8))
+    assert counted["finished"] > 25 and counted["preempted"] > 10 and counted["hits"] > 10 * PAGE
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import pytest
 from headspring.artifacts import HeadspringError, UserError
 from headspring.inference import LanguageModel
 from headspring.inference.sampling import SamplingParams
-from headspring.inference.structured import LONGEST_NUMBER, Budget, Matcher, Structured, compile_structured, words_of
+from headspring.inference.structured import LONGEST_NUMBER, Matcher, Structured, compile_structured, words_of
+from headspring.inference.structured_budget import Budget, written_out
 from headspring.tokenization.train import TokenizerConfig, train_tokenizer
 from tests.inference.engine.stepping import request, run
 from tests.inference.tiny import tiny_model
@@ -207,7 +208,9 @@ def nested(depth: int) -> dict:
         {"json_schema": {"type": "string", "pattern": "a" * 70_000}},
         {"regex": "(" * 60_000 + ")" * 60_000},
         {"regex": "a" * 70_000},
-        {"regex": "(a{1000}){1000}(b{1000}){1000}(c{1000}){1000}"},
+        {"regex": "(a{1000}){1000}"},
+        {"json_schema": {"type": "array", "items": {"type": "string", "pattern": "^([ab]{1,900}c{2}){500,}$"}}},
+        {"grammar": "start: /((a{99}){99}){99}/"},
         {"regex": "(" * 40 + "a" + ")" * 40},
         {"grammar": "start: " + "(" * 60_000},
         {"choice": tuple(f"choice {i}" for i in range(9000))},
@@ -219,6 +222,23 @@ def test_budgets(lm, spec):
     with pytest.raises(UserError):
         compile_structured(Structured(**spec), lm.tokenizer, Budget(seconds=0.5))
     assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "size"),
+    [
+        ("abc", 3),
+        ("(ab){3}c", 7),
+        ("((ab){2,3}c){10}", 70),
+        (r"\{3}[(){9}]{4}a{2", 3 + 7 + 3 + 3),
+        ("a{5,}", 5),
+        ("(" * 50_000, 0),
+        ("[" * 50_000, 50_000),
+        (")" * 9, 9),
+    ],
+)
+def test_patterns_written_out(pattern, size):
+    assert written_out(pattern) == size
 
 
 def test_a_deep_schema_in_text_is_refused_before_it_is_parsed():

@@ -120,7 +120,7 @@ class Cache:
     # ---- taking and giving back
 
     def reserve(self, sequence: Sequence, count: int) -> list[Copy] | None:
-        """Room for `count` tokens after those computed. What must be copied first; None, and nothing taken, where pages lack."""
+        """Room for `count` tokens after those computed. What must be copied first; None where pages lack."""
         have, want = len(sequence.tables[0]) if sequence.tables else 0, math.ceil((sequence.computed + count) / PAGE)
         if not sequence.tables:
             sequence.tables = [[] for _ in self.groups]

@@ -99,8 +99,8 @@ class PlainRunner:
 
 
 class RaggedRunner:
-    """A causal stack: all sequences of a step side by side in one row (`models.ragged`). A layer that reads no pages has a state
-    for each sequence; prefixes are then not shared, because such a state cannot be had as it was somewhere in between."""
+    """A causal stack: all sequences of a step side by side in one row (`models.ragged`). A layer without pages has a state for
+    each sequence; prefixes are then not shared, because such a state cannot be had as it was somewhere in between."""
 
     def __init__(self, model: ModelModule, config: EngineConfig):
         self.model, self.stack = model, stack_of(model)

@@ -6,7 +6,7 @@ gets what is left of the chunk, so that reading a long one slows the others down
 
 Where pages run out, the sequence of the last rank gives all of its own back and waits again; it will be computed anew, to the
 same bits (*preemption by recompute*: a copy elsewhere would need a second pool, and on a CPU is read at the same speed). The
-first in rank is never preempted by others, and `Engine.submit` takes no job that would not fit alone: so somebody always gets on.
+first in rank is never preempted by others, and `Engine.submit` takes no job that would not fit alone: so one always gets on.
 """
 
 from bisect import insort
