@@ -22,7 +22,7 @@ from headspring.inference.quantization.calibration import embedded_texts, token_
 from headspring.inference.quantization.report import Baseline, report
 from headspring.models import kernels
 
-SCHEMES = ("keep", "int8", "int8-32", "int8-64", "int4", "int4-64", "int4-gptq", "int4-gptq-64")
+SCHEMES = ("bfloat16", "keep", "int8", "int8-32", "int8-64", "int4", "int4-64", "int4-gptq", "int4-gptq-64")
 RESULTS = Path(__file__).parent / "results" / "quantization.json"
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     if {key: results.get(key) for key in about} != about:
         results = {**about, "schemes": {}}
     baseline = Baseline(original.model, original.tokenizer, rows, torch.bfloat16)
-    for scheme in ("bfloat16", *options.only.split(",")):
+    for scheme in options.only.split(","):
         start = time.perf_counter()
         quantize, dtype = (None, scheme) if scheme == "bfloat16" else (scheme, "auto")
         lm = hs.load(path, device="cpu", dtype=dtype, quantize=quantize)
@@ -47,7 +47,7 @@ def main() -> None:
         found = report(baseline, lm.model, scheme).as_dict() | {"seconds_to_load": seconds}
         results["schemes"][scheme] = found
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        said = {key: round(found[key], 4) for key in ("bits", "bytes", "bits_per_byte", "kl", "same_best", "seconds_to_load")}
+        said: dict[str, float] = {key: round(found[key], 4) for key in ("bits", "bytes", "bits_per_byte", "kl", "same_best", "seconds_to_load")}
         print(scheme, said, flush=True)
 
 

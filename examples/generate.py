@@ -1,6 +1,6 @@
 """Ask a model: continue text, stream, chat, and see how sure it was of each token.
 
-    python examples/generate.py runs/quickstart
+python examples/generate.py runs/quickstart
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Ask a server with OpenAI's own client: text, a stream, JSON that keeps to a schema, embeddings, and a look inside.
 
-    headspring serve runs/quickstart
-    python examples/openai_client.py http://127.0.0.1:8000/v1
+headspring serve runs/quickstart
+python examples/openai_client.py http://127.0.0.1:8000/v1
 """
 
 import json
@@ -25,7 +25,8 @@ for chunk in client.chat.completions.create(model=model, messages=question, max_
 print()
 
 # An answer that must keep to a schema. It can only be cut (finish_reason "length"), never wrong.
-schema = {"type": "object", "properties": {"sure": {"enum": ["yes", "no"]}}, "required": ["sure"], "additionalProperties": False}
+properties = {"sure": {"enum": ["yes", "no"]}}
+schema = {"type": "object", "properties": properties, "required": ["sure"], "additionalProperties": False}
 form = {"type": "json_schema", "json_schema": {"name": "opinion", "schema": schema, "strict": True}}
 answer = client.chat.completions.create(model=model, messages=question, response_format=form, max_tokens=64)
 print(json.loads(answer.choices[0].message.content))

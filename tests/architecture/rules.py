@@ -133,8 +133,8 @@ def _read(module: Module) -> Iterator[str]:
             continue
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             yield node.attr
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and isinstance(node.args[1], ast.Constant):
-            yield str(node.args[1].value)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+            yield from (str(name.value) for name in node.args[1:2] if isinstance(name, ast.Constant))
         waiting.extend(ast.iter_child_nodes(node))
 
 

@@ -1,5 +1,7 @@
 """The trainer, the evaluator and a packed model multiply alike, bit for bit; a packed model is for serving only."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -163,3 +165,42 @@ def test_released_weights_are_gone_and_the_model_says_so(tmp_path):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(UserError, match="bf16 or int8, not 'groups'"):
         packed.pack_model(build(), "groups")
+
+
+def memories(model) -> set[int]:
+    """The blocks of memory that products read."""
+    parts = [part.joined or part.packed for part in packed.packable(model).values()]
+    return {matrix.values.untyped_storage().data_ptr() for matrix in (*parts, model.packed_head)}
+
+
+@needs_products
+def test_matrices_lie_side_by_side_and_what_changed_is_packed_again(monkeypatch):
+    model = build()
+    monkeypatch.setattr(packed, "WORTHWHILE", 0)
+    with torch.no_grad():
+        before = model(TOKENS)
+        packed.pack_for_serving(model)
+        assert len(memories(model)) == 1
+        assert torch.equal(model(TOKENS), before)
+        held = model.packed_head
+        packed.pack_for_serving(model)
+        assert model.packed_head is held, "nothing has changed: nothing is moved"
+        model.layers[1].mixer.f.k.weight.mul_(1.5)
+        packed.pack_for_serving(model)
+        packed_again, parts = model(TOKENS), model.layers[1].mixer.f
+        assert len(memories(model)) == 1
+        assert torch.equal(parts.q.joined.dequantized()[128:192], parts.k.weight.bfloat16().float())
+        packed.unpack_model(model)
+        assert torch.equal(model(TOKENS), packed_again)
+
+
+def test_a_packed_model_is_copied(monkeypatch):
+    model = build()
+    monkeypatch.setattr(packed, "WORTHWHILE", 0)
+    with torch.no_grad():
+        packed.pack_model(model, "int8")
+        before = model(TOKENS)
+        copy = deepcopy(model)
+        for part in packed.packable(model).values():
+            part.packed.values.zero_()
+        assert torch.equal(copy(TOKENS), before)

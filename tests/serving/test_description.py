@@ -42,7 +42,7 @@ def ask_everything(app, examples: int, modes) -> set[int]:
             case.body["model"] = "tiny"  # a name that nobody guesses
         answer = case.call(headers={"Host": "localhost"})
         seen.add(answer.status_code)
-        assert answer.status_code < 500 or answer.status_code == 504, (case.as_curl_command(), answer.text[:300])
+        assert answer.status_code < 500, (case.as_curl_command(), answer.text[:300])
         if answer.status_code >= 400:
             Error.model_validate(answer.json())
 

@@ -2,8 +2,10 @@
 
 import base64
 import json
+import runpy
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -240,6 +242,21 @@ def test_a_disconnect_in_the_middle_of_a_stream_frees_everything(client, served)
         time.sleep(0.01)
     assert not engine.jobs and not served.house.open and engine.stats().pages_used == 0
     assert engine.stats().cancelled >= 1
+
+
+def test_the_example_runs_as_it_stands(tokenizer, monkeypatch, capsys):
+    lm = LanguageModel(tiny_model(tokenizer.vocab_size, context=1024), tokenizer)
+    server = Server.of({"tiny": lm}, ServerConfig(port=0), ENGINE.model_copy(update={"memory": 16 << 20}))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        monkeypatch.setattr("sys.argv", ["openai_client.py", f"{server.url}/v1"])
+        runpy.run_path(str(Path(__file__).parents[2] / "examples" / "openai_client.py"))
+    finally:
+        server.house.draining = True
+        thread.join(20)
+    shown = capsys.readouterr().out
+    assert "2 vectors of 32" in shown and "layers.1.residual.post" in shown and "'sure'" in shown
 
 
 @pytest.mark.slow

@@ -210,9 +210,9 @@ def test_what_can_never_fit_is_refused_at_once(long):
         refused(client.post("/v1/completions", completion(max_tokens=4000)), 400, "memory")
 
 
-def test_a_timeout_is_504(long):
+def test_a_timeout_is_408(long):
     with running({"tiny": long}) as client:
-        refused(client.post("/v1/completions", completion(max_tokens=4000, ignore_eos=True, timeout=0.1)), 504, "timeout")
+        refused(client.post("/v1/completions", completion(max_tokens=4000, ignore_eos=True, timeout=0.1)), 408, "timeout")
         answer = client.post("/v1/completions", completion(max_tokens=4000, ignore_eos=True, timeout=0.3, stream=True))
         assert answer.status_code == 200 and events(answer.text)[-1]["error"]["code"] == "timeout", "an error event, not [DONE]"
         assert not client.house.loop.engines["tiny"].jobs

@@ -307,8 +307,8 @@ class LanguageModel:
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load` reads: config.json, model.safetensors, tokenizer.json.
 
-        In the layout of `transformers` where that has words for the model, else in Headspring's own; a model of whole numbers in
-        that of `inference.quantization.folder`."""
+        In the layout of `transformers` where that has words for the model, else in Headspring's own; a model of whole numbers
+        in that of `inference.quantization.folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.model.released:

@@ -39,7 +39,8 @@ SPACE = r"(?: |\n {0,32})?"  # between the tokens of JSON: what compact, usual a
 JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}
 LONGEST_NUMBER = 40  # bytes of a JSON number after which no digit may follow
 IN_NUMBER = b"0123456789+-.eE"
-STEP_ITEMS = 10_000  # places in a grammar that a step may be at, a fraction of a second's work
+# Places in a grammar that a text may be at; an ambiguous grammar reaches them while a step is still a twentieth of a second.
+ROW_ITEMS, STEP_ITEMS = 500, 10_000
 CACHED = 64  # compiled specifications a tokenizer
 
 
@@ -196,7 +197,9 @@ def compile_structured(spec: Structured, tokenizer: Tokenizer, budget: Budget | 
 def _make(spec: Structured, words: "Words", budget: Budget) -> Compiled:
     from llguidance import LLMatcher, LLParserLimits
 
-    limits = LLParserLimits(max_grammar_size=budget.symbols, step_max_items=STEP_ITEMS, verbose_errors=False)
+    limits = LLParserLimits(
+        max_grammar_size=budget.symbols, max_items_in_row=ROW_ITEMS, step_max_items=STEP_ITEMS, verbose_errors=False
+    )
     parser = LLMatcher(words.library, grammar_of(spec, words.tokenizer), log_level=0, limits=limits)
     if parser.is_error():
         raise UserError(f"this structured output cannot be compiled: {one_line(parser.get_error())}")

@@ -174,7 +174,8 @@ void backward(const View *x, const float *log2_sums, const int64_t *first, const
     Buffer<bf16> p_rows(KEYS * s.ld), ds_rows(KEYS * s.ld);
     Buffer<uint32_t> queries(C / 2 * s.ld), upstream(C / 2 * s.ld), query_rows(s.rows / 2 * C), upstream_rows(s.rows / 2 * C);
     Buffer<uint32_t> ds_pairs(KEYS / 2 * QUERIES);
-    Buffer<float> scores(KEYS * QUERIES), gradients(KEYS * QUERIES), dq_turned(C * s.ld), dk_sum(s.rows * C), dv_sum(s.rows * C);
+    Buffer<float> scores(KEYS * QUERIES), gradients(KEYS * QUERIES), dq_turned(C * s.ld);
+    Buffer<float> dk_sum(s.rows * C), dv_sum(s.rows * C);
     Buffer<float> delta(s.rows), scales(s.rows);
     Buffer<int32_t> starts(s.rows);
     fill_first(first ? first + b * s.time : nullptr, starts, s);

@@ -51,7 +51,8 @@ class Ahead {
         end_ = std::min(end_, at_ + (1 << 19));
     }
     void some() {
-        for (const uint8_t *stop = std::min(end_, at_ + 512); at_ < stop; at_ += 64) _mm_prefetch((const char *)at_, _MM_HINT_T1);
+        for (const uint8_t *stop = std::min(end_, at_ + 512); at_ < stop; at_ += 64)
+            _mm_prefetch((const char *)at_, _MM_HINT_T1);
     }
 
   private:
@@ -148,7 +149,8 @@ class Worker {
     }
 
     // y = [add +] in Wᵀ [+ bias], of all rows and for all threads, each of which has made its own rows of `in`.
-    void multiplied(const Packed &w, const bf16 *in, int64_t ld, bf16 *y, const bf16 *bias, const bf16 *add, const Packed &next) {
+    void multiplied(const Packed &w, const bf16 *in, int64_t ld, bf16 *y, const bf16 *bias, const bf16 *add,
+                    const Packed &next) {
         arrange(in, ld, rows_, w, shared_.scratch, thread_, threads_);
         wait(w);
         product(w, shared_.scratch, y, w.outputs, rows_, thread_, threads_, add, bias);

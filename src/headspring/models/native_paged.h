@@ -128,7 +128,7 @@ static inline void weighed(const bf16 *const *values, int64_t count, const uint3
 
 #else
 
-// Of 32 / V rows with `ld` elements between them: sums [V vectors a row] += their pairs times `right`.
+// Of 16 / V rows, `ld` elements apart: sums (V vectors a row) += their pairs times `right` (depth / 2, 16 V) pairs.
 template <int64_t V>
 static inline void add_pairs(const bf16 *left, int64_t ld, const uint32_t *right, int64_t depth, __m512 (&sums)[16 / V][V]) {
     for (int64_t k = 0; k < depth; k += 2) {
@@ -159,7 +159,8 @@ static inline void weighed(const bf16 *const *values, int64_t count, const uint3
     for (int64_t c = 0; c < channels; c += ROWS) {
         __m512 sums[ROWS][V] = {};
         if (add) std::memcpy(sums, mixed + c * LANES, sizeof sums);
-        for (int64_t i = 0; i < count; i++) add_pairs<V>(values[i] + c * PAGE, PAGE, pattern + i * PAGE / 2 * LANES, PAGE, sums);
+        for (int64_t i = 0; i < count; i++)
+            add_pairs<V>(values[i] + c * PAGE, PAGE, pattern + i * PAGE / 2 * LANES, PAGE, sums);
         std::memcpy(mixed + c * LANES, sums, sizeof sums);
     }
 }
@@ -172,12 +173,12 @@ class PagedAttention {
     // `window` 0 is none.
     void compute(const Strip &strip, const Ragged &step, const Pages &pages, const Rows &q, const Rows &out, int64_t heads,
                  int64_t window, float scale) {
-        int64_t group = heads / pages.heads, row = strip.lane / group;
+        int64_t group = heads / pages.heads;
         int64_t lanes = (step.offsets[strip.sequence + 1] - step.offsets[strip.sequence]) * group - strip.lane;
         if (lanes > 16)
-            compute<32>(strip, step, pages, q, out, group, row, std::min<int64_t>(lanes, 32), window, scale);
+            compute<32>(strip, step, pages, q, out, group, std::min<int64_t>(lanes, 32), window, scale);
         else
-            compute<16>(strip, step, pages, q, out, group, row, lanes, window, scale);
+            compute<16>(strip, step, pages, q, out, group, lanes, window, scale);
     }
 
   private:
@@ -189,7 +190,7 @@ class PagedAttention {
 
     template <int64_t LANES>
     void compute(const Strip &strip, const Ragged &step, const Pages &pages, const Rows &q, const Rows &out, int64_t group,
-                 int64_t first_row, int64_t lanes, int64_t window, float scale) {
+                 int64_t lanes, int64_t window, float scale) {
         const int64_t C = pages.channels, offset = step.offsets[strip.sequence], past = step.past[strip.sequence];
         const int64_t written = past + step.offsets[strip.sequence + 1] - offset;
         const int32_t *table = step.tables + strip.sequence * step.pages;

@@ -21,7 +21,7 @@ cannot be trained, and reading it back (`unpacked`) is a pass over it.
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +30,7 @@ from torch.nn.functional import linear, pad
 
 from headspring.artifacts.errors import UserError
 from headspring.models import native
+from headspring.models.huge_pages import WORTHWHILE, side_by_side
 
 if TYPE_CHECKING:
     from headspring.models.model import ModelModule
@@ -74,10 +75,20 @@ class PackedMatrix:
     group: int = 0
     offset: int = 0
 
+    def __reduce__(self):
+        """How it is copied: without what `cached_property` keeps, which is about the addresses of these very tensors."""
+        return PackedMatrix, tuple(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What it has of values, scales and minimums."""
+        named = {"values": self.values, "scales": self.scales, "minimums": self.minimums}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
     @property
     def bytes(self) -> int:
         """What it takes in memory."""
-        return sum(tensor.nbytes for tensor in (self.values, self.scales, self.minimums) if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def device(self) -> torch.device:
@@ -346,6 +357,10 @@ def pack_for_serving(model: "ModelModule") -> None:
     for part in packable(model).values():
         if part.packed is not None and part.packed.kind == "bf16" and part.packed_version != version(part.weight):
             part.unpack()
+    for parts in _joined_groups(model):
+        if parts[0].joined is not None and any(part.packed is None for part in parts):  # one of them has changed
+            for part in parts:
+                part.unpack()
     head = model.output_weight
     held = model.packed_head
     stale = head is not None and held is not None and held.kind == "bf16" and model.packed_head_version != version(head)
@@ -383,18 +398,49 @@ def round_to_int8(weight: torch.Tensor) -> PackedMatrix:
 
 
 def join_parts(model: "ModelModule") -> None:
-    """Join what modules multiply at once, where it has one form; the parts become views of the whole."""
-    for module in model.modules():
-        for names in getattr(module, "joins", ()):
-            parts = [getattr(module, name) for name in names]
-            matrices = [part.packed for part in parts]
-            if any(matrix is None or matrix.form != matrices[0].form for matrix in matrices) or parts[0].joined is not None:
-                continue
-            parts[0].joined = whole = join(matrices)
-            stops = [sum(matrix.shape[0] for matrix in matrices[: i + 1]) for i in range(len(matrices))]
-            if all(stop % PANEL == 0 for stop in stops[:-1]):
-                for part, start, stop in zip(parts, [0, *stops], stops):
-                    part.packed = whole.part(start, stop)
+    """Join what modules multiply at once, where it has one form, and lay all matrices side by side in memory.
+
+    The parts become views of the whole where their outputs fill panels.
+    """
+    groups = _joined_groups(model)
+    for parts in groups:
+        matrices = [part.packed for part in parts if part.packed is not None]
+        alike = len(matrices) == len(parts) and all(matrix.form == matrices[0].form for matrix in matrices)
+        if alike and parts[0].joined is None:
+            parts[0].joined = join(matrices)
+    _settle(model, {part for parts in groups if parts[0].joined is not None for part in parts})
+    for parts in groups:
+        _share(parts)
+
+
+def _joined_groups(model: "ModelModule") -> "list[list[Linear]]":
+    joins = ((module, names) for module in model.modules() for names in getattr(module, "joins", ()))
+    return [[getattr(module, name) for name in names] for module, names in joins]
+
+
+def _share(parts: "list[Linear]") -> None:
+    whole, start = parts[0].joined, 0
+    if whole is None or any(part.weight.shape[0] % PANEL for part in parts[:-1]):
+        return
+    for part in parts:
+        part.packed, start = whole.part(start, start + part.weight.shape[0]), start + part.weight.shape[0]
+
+
+def _settle(model: "ModelModule", within: "set[Linear]") -> None:
+    """Move what products read into one block of memory, layer by layer. `within` are parts of joined matrices."""
+    names = ("joined", "packed", "packed_head")
+    places = [(module, name) for module in model.modules() for name in names if name in vars(module)]
+    held = [(*place, getattr(*place)) for place in places if place[1] != "packed" or place[0] not in within]
+    matrices = {id(matrix): matrix for _, _, matrix in held if matrix is not None}  # a head may be an embedding, too
+    memories = {matrix.values.untyped_storage().data_ptr() for matrix in matrices.values()}
+    small = sum(matrix.bytes for matrix in matrices.values()) < WORTHWHILE
+    if small or len(memories) == 1 or any(matrix.device.type != "cpu" for matrix in matrices.values()):
+        return
+    copies = iter(side_by_side([tensor for matrix in matrices.values() for tensor in matrix.tensors.values()]))
+    moved = {key: replace(matrix, **{name: next(copies) for name in matrix.tensors}) for key, matrix in matrices.items()}
+    for module, name, matrix in held:
+        if matrix is not None:
+            setattr(module, name, moved[id(matrix)])
 
 
 def release_weights(model: "ModelModule") -> None:

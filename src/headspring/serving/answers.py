@@ -27,7 +27,7 @@ from headspring.serving.served import Served
 from headspring.serving.session import Session
 
 GONE = "the client has gone"
-ENDS = {"cancelled": (503, "cancelled"), "timeout": (504, "timeout"), "failed": (500, "failed"), "rejected": (400, "rejected")}
+ENDS = {"cancelled": (503, "cancelled"), "timeout": (408, "timeout"), "failed": (500, "failed"), "rejected": (400, "rejected")}
 
 
 class Answering:

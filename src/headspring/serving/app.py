@@ -187,7 +187,7 @@ def _described(one: Served) -> dict[str, Any]:
 
 def _add_model_routes(app: FastAPI, house: House) -> None:
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": shapes.Error} for status in (400, 401, 403, 404, 408, 413, 429, 431, 500, 503, 504)
+        status: {"model": shapes.Error} for status in (400, 401, 403, 404, 408, 413, 429, 431, 500, 503)
     }
 
     def promised(model: Any, streams: bool = False) -> dict[int | str, dict[str, Any]]:
@@ -294,7 +294,7 @@ async def _embed(house: House, served: Served, body: requests.EmbeddingRequest, 
         if await request.is_disconnected():
             raise Gone
         if time.monotonic() > end:
-            raise ApiError(504, f"these embeddings take more than {limits.seconds:g} s", "timeout")
+            raise ApiError(408, f"these embeddings take more than {limits.seconds:g} s", "timeout")
         some = texts[start : start + EMBED_AT_ONCE]
         work: Callable[[], Any] = lambda some=some: served.lm.embed(some)  # type: ignore[misc]
         future = house.loop.call(work)

@@ -54,7 +54,7 @@ class ServerConfig(Value):
     allowed_hosts: tuple[str, ...] = Field((), description="names under which clients may reach it, beside addresses")
     allowed_origins: tuple[str, ...] = Field((), description="web pages of other origins that may ask; none by default")
     isolate: Literal["key", "none"] = Field("key", description="who shares cached prefixes: one key's requests, or all")
-    max_queue: int = Field(256, ge=0, description="requests that wait, of each model; then 429")
+    max_queue: int = Field(256, ge=1, description="requests that wait, of each model; then 429")
     max_open: int = Field(1024, gt=0, description="HTTP requests under way; then 429")
     workers: int = Field(2, gt=0, description="threads for tokenizing, templates and grammars")
     worker_queue: int = Field(64, gt=0, description="requests that wait for such a thread; then 429")
@@ -67,5 +67,5 @@ class ServerConfig(Value):
             raise UserError(
                 f"host {self.host} can be reached from other machines: give a key (--key-file FILE, or HEADSPRING_API_KEY)"
             )
-        if any(len(key) < 16 for key in self.keys):
-            raise UserError("a key must have at least 16 characters; `openssl rand -hex 32` makes one")
+        if any(len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key for key in self.keys):
+            raise UserError("a key must be at least 16 characters of ASCII without spaces; `openssl rand -hex 32` makes one")

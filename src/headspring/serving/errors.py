@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 TYPES |= {405: "invalid_request_error", 413: "invalid_request_error", 431: "invalid_request_error", 408: "timeout_error"}
-TYPES |= {429: "rate_limit_error", 503: "unavailable_error", 504: "timeout_error"}
+TYPES |= {429: "rate_limit_error", 503: "unavailable_error"}
 
 
 @dataclass

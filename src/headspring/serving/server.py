@@ -24,6 +24,7 @@ from headspring.serving.app import House, create_app
 from headspring.serving.config import ServerConfig
 
 LOGGER = logging.getLogger("headspring.serving")
+BACKLOG = 512  # connections that wait to be accepted
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -48,7 +49,7 @@ def _settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         timeout_keep_alive=15,
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=config.limits.header_bytes + 4096,
-        backlog=512,
+        backlog=BACKLOG,
     )
 
 
@@ -58,6 +59,7 @@ def _listen(config: ServerConfig) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((config.host, config.port))
+        listening.listen(BACKLOG)  # who connects before the application is up is answered once it is
     except OSError as error:
         listening.close()
         raise UserError(

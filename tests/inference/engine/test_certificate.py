@@ -174,10 +174,9 @@ def through(lm: LanguageModel, seeds) -> dict[str, int]:
     return happened
 
 
+@pytest.mark.skipif(not bitwise(), reason="no native products here")
 def test_alone_is_what_a_trainer_scores(tokenizer):
     """The reference of the property below, against scoring."""
-    if not bitwise():
-        return
     lm = small(tokenizer)
     for job in play(lm, requests(lm, seed=7, count=12, prompt=90, new=6), Schedule())[0]:
         for answer in job.generations:
@@ -185,22 +184,20 @@ def test_alone_is_what_a_trainer_scores(tokenizer):
             assert torch.equal(scores, torch.tensor(answer.logprobs))
 
 
+@pytest.mark.skipif(not bitwise(), reason="no native products here")
 @pytest.mark.parametrize(("window", "kind"), [(None, "bf16"), (40, "int8")])
 def test_no_schedule_changes_a_bit(tokenizer, window, kind):
-    if not bitwise():
-        return
     lm = small(tokenizer, window=window)
     packed.pack_model(lm.model, kind)
     happened = through(lm, range(100))
     assert all(happened.values()), happened
 
 
+@pytest.mark.skipif(not bitwise(), reason="no native products here")
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("part", range(10))
 def test_ten_thousand_schedules_change_no_bit(tokenizer, part):
-    if not bitwise():
-        return
     lm = small(tokenizer, window=(None, 40)[part % 2])
     packed.pack_model(lm.model, ("bf16", "int8")[part // 2 % 2])
     through(lm, range(1000 * (part + 1), 1000 * (part + 2)))

@@ -330,3 +330,36 @@ def test_int8_pages_answer_nearly_the_same_and_take_half(lm):
         engine.run()
         values.append(torch.tensor(job.prompt_logprobs))
     assert 0 < (values[0] - values[1]).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("family", ["lstm", "jamba", "window_and_sinks", "griffin"])
+def test_states_that_are_no_pages_survive_a_step_that_raises(family):
+    """After a step of several raised, each of the others goes on from where it was, wherever the layers had got to."""
+    from headspring.models.families import FAMILIES
+
+    from .test_families import Named
+
+    model = FAMILIES[family]().build(1).eval()
+    answers = []
+    for broken in (False, True):
+        engine = Engine(model, Named(model.config.vocab), EngineConfig(debug=True, max_sequences=3, chunk=8))
+        jobs = [engine.submit([3, 5, number], GREEDY) for number in range(3)]
+        for number in range(8):
+            if broken and number in (1, 3, 4):
+                break_once(engine)
+            engine.step()
+        engine.run()
+        answers.append([job.generations[0].token_ids for job in jobs])
+    assert answers[0] == answers[1]
+
+
+def break_once(engine) -> None:
+    """Let the next forward pass of several sequences raise, after its last layer."""
+    run = engine.runner.run
+
+    def raises(work):
+        engine.runner.run = run
+        run(work)
+        raise Broken
+
+    engine.runner.run = raises

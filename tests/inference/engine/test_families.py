@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from headspring.artifacts import UserError
 from headspring.inference.engine import Engine, EngineConfig
 from headspring.inference.engine.runner import PlainRunner, RaggedRunner
 from headspring.inference.sampling_params import SamplingParams
@@ -77,3 +78,27 @@ def test_both_runners_have_families(model):
     engine = Engine(model, Named(model.config.vocab))
     slow = model.config.kind in whole or any(block.mixes.by_length for block in model.blocks())
     assert isinstance(engine.runner, PlainRunner if slow else RaggedRunner)
+
+
+def test_pictures_are_answered_as_without_the_engine():
+    """What towers saw goes along with a job; cut anywhere, and forked."""
+    config = CONFIGS["multimodal"]
+    model, tokenizer = config.build(3).eval(), Named(config.vocab)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(parameter)))
+    tower = config.towers["image"]
+    media = {"image": torch.rand(1, 1, tower.channels, tower.height, tower.columns, generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        soft = model.look(media)
+    prompt = [1, *[tower.placeholder] * soft.hidden.shape[1], 2, 3]
+    engine = Engine(model, tokenizer, EngineConfig(max_sequences=3, chunk=3, debug=True))
+    params = SamplingParams(temperature=0.0, max_tokens=NEW, n=2)
+    jobs = [engine.submit(prompt, params, soft=soft), engine.submit([1, 2, 3], params)]
+    engine.run()
+    for job, given in zip(jobs, ({"media": media}, {}), strict=True):
+        assert job.error is None
+        assert [answer.token_ids for answer in job.generations] == [alone(model, job.prompt, given)[0]] * 2
+    with pytest.raises(UserError, match="placeholders"):
+        engine.submit(prompt[2:], params, soft=soft)

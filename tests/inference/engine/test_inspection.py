@@ -355,13 +355,12 @@ def test_an_encoder_decoder_can_be_steered(tokenizer):
         engine.submit((), GREEDY, source=source, edits=Inspection(capture=["encoder.layers.0.residual.post"]))
 
 
+@pytest.mark.skipif(not kernels.multiplies_natively(torch.empty(0, dtype=torch.bfloat16)), reason="no native products here")
 def test_bits_are_those_of_one_pass_under_any_schedule(tokenizer):
     """In bfloat16 by native products: captures, edited answers, neighbours; in chunks, company, few pages, with speculation."""
     block = Block(mixer=Attention(heads=2, kv_heads=1), feedforward=SwiGLU(hidden=96))
     model = tiny_model(tokenizer.vocab_size, width=64, layers=(block, block), context=128).to(torch.bfloat16).eval()
     model.compute_dtype = torch.bfloat16
-    if not kernels.multiplies_natively(torch.empty(0, dtype=torch.bfloat16)):
-        return
     vector = torch.linspace(-1, 1, 64)
     steering = Inspection(capture=["layers.1.residual.mid", "final"], steer=[{"site": STREAM, "vector": vector, "start": -3}])
     both = Inspection(capture=["layers.0.mixer.k", "final"])

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from headspring.artifacts import HeadspringError
+from headspring.inference.engine import Engine, EngineConfig
 from headspring.inference.engine.sampler import Sampler
 from headspring.inference.generation import most_probable
-from headspring.inference.sampling import Distribution, RowParams, pick
+from headspring.inference.sampling import Distribution, RowParams, SamplingParams, pick
 from tests.inference.engine.stepping import request, rows_of, run
 
 MIX = [
@@ -130,3 +131,22 @@ def test_the_best_of_several(lm):
     best = most_probable(answers, 2)
     means = sorted((sum(answer.logprobs) / len(answer.logprobs) for answer in answers), reverse=True)
     assert [sum(answer.logprobs) / len(answer.logprobs) for answer in best] == means[:2]
+
+
+@pytest.mark.parametrize("count", [0, 3, "all"])
+@pytest.mark.parametrize("chunk", [4, 512])
+def test_log_probabilities_of_the_prompt(lm, count, chunk):
+    engine = Engine(lm.model, lm.tokenizer, EngineConfig(chunk=chunk, max_sequences=2))
+    prompt = lm.prompt_ids("the quick brown fox jumps over")
+    for _ in range(2):  # the second time, pages that are known must not hide what was asked for
+        job = engine.submit(prompt, SamplingParams.of(prompt_logprobs=count, max_tokens=3, seed=1, n=2))
+        engine.run()
+        expected = lm.model.logits(lm.model(torch.tensor([prompt])))[0, :-1].log_softmax(-1)
+        given = expected.gather(-1, torch.tensor(prompt)[1:, None])[:, 0].tolist()
+        assert job.prompt_logprobs == pytest.approx(given, abs=1e-5)
+        if count == 0:
+            assert not any(job.prompt_tops)
+        for row, top in zip(expected, job.prompt_tops if count else (), strict=count != 0):
+            assert len(top) == (3 if count == 3 else lm.vocab_size)
+            assert all(value == pytest.approx(row[token].item(), abs=1e-4) for token, value in top.items())
+            assert count == "all" or list(top) == row.topk(3).indices.tolist()

@@ -139,6 +139,19 @@ def test_a_token_that_does_not_match_fails(lm):
         matcher.accept(lm.tokenizer.encode("n")[0])
 
 
+def test_a_grammar_that_means_too_much_fails_before_it_is_slow(lm):
+    """In `s: s s s | s s | "a"` the ways to read a text grow with the square of its length, and a step's work with them."""
+    matcher = compile_structured(Structured(grammar='start: s\ns: s s s | s s | "a" |'), lm.tokenizer).matcher()
+    slowest, letter = 0.0, lm.tokenizer.encode("a")[0]
+    with pytest.raises(HeadspringError, match="items"):
+        for _ in range(500):
+            started = time.process_time()
+            assert matcher.mask()[letter]
+            matcher.accept(letter)
+            slowest = max(slowest, time.process_time() - started)
+    assert slowest < 1
+
+
 # ---- floods
 
 

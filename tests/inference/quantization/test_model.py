@@ -226,3 +226,20 @@ def test_the_command_reports_and_writes(source, tmp_path, capsys):
             command(str(source), tmp_path / "other", quantize="int8", **options)
     with pytest.raises(UserError, match="--calibration is the text that int4-gptq reads"):
         command(str(source), tmp_path / "other", quantize="int8", calibration=tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("damage", ["kind", "huge", "dtype", "list"])
+def test_a_config_that_is_none_is_refused(source, damage, tmp_path):
+    load(source, quantize="int8").save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if damage == "kind":
+        config["model"]["kind"] = "none"
+    elif damage == "huge":
+        config["model"]["width"] = 1 << 50
+    elif damage == "dtype":
+        config["dtype"] = ["float32"]
+    else:
+        config["model"] = []
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises((CorruptArtifact, UserError)):
+        load(tmp_path)

@@ -25,7 +25,7 @@ class EngineConfig(Value):
     )
     max_sequences: int = Field(64, ge=1, description="answers that run together")
     chunk: int = Field(512, ge=1, description="tokens of a step; prompts are read in pieces of at most this many")
-    max_queue: int | None = Field(None, ge=0, description="jobs that may wait; one more is refused. None: any number")
+    max_queue: int | None = Field(None, ge=1, description="jobs that may wait; one more is refused. None: any number")
     context: int | None = Field(None, ge=2, description="tokens of the longest sequence; by default what the model is made for")
     cache_dtype: Literal["auto", "int8"] = Field(
         "auto", description="int8 halves the bytes of keys and values, with a scale each"

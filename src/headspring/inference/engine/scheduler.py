@@ -98,7 +98,7 @@ class Scheduler:
             self.budget += lost.count
         self.copies = [(owner, copy) for owner, copy in self.copies if owner is not sequence]
         self.running.remove(sequence)
-        sequence.running = False
+        sequence.running, sequence.proposals = False, []
         self.cache.release(sequence)
         self.preemptions += 1
         insort(self.waiting, sequence, key=lambda one: one.rank)

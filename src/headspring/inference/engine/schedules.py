@@ -19,6 +19,7 @@ from headspring.inference.engine.engine import Engine, Statistics
 from headspring.inference.engine.job import Job
 from headspring.inference.language_model import LanguageModel
 from headspring.inference.sampling_params import SamplingParams
+from headspring.inference.speculation import PromptLookup
 from headspring.models.model import ModelModule
 from headspring.models.stack import StackModule
 
@@ -106,8 +107,6 @@ def _config(model: ModelModule, asked: Sequence[Asked], schedule: Schedule, debu
     together = min(schedule.max_sequences, schedule.chunk)
     config = EngineConfig(chunk=schedule.chunk, max_sequences=together, prefix_sharing=schedule.sharing, debug=debug)
     if schedule.speculates:
-        from headspring.inference.speculation import PromptLookup
-
         config = config.model_copy(update={"speculation": PromptLookup()})
     if schedule.room is None or not (isinstance(model, StackModule) and model.side_by_side):
         return config

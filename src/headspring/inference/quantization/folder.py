@@ -63,7 +63,7 @@ def load_quantized(folder: Path, dtype: torch.dtype | None = None) -> ModelModul
     try:
         model = Model.choose(described["model"]).module()
         stored = DTYPES[described["dtype"]]
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # RuntimeError: sizes that fit into no memory
         raise CorruptArtifact(f"{folder}/{CONFIG}: not a quantized model ({json.dumps(str(error))[:120]})") from error
     tensors = _read(Path(folder), described)
     matrices, plain = _sorted(model, tensors, Path(folder))

@@ -44,7 +44,7 @@ def quantize(model: ModelModule, scheme: Quantization, rows: torch.Tensor | None
 def _rounded(weight: torch.Tensor, scheme: Quantization, *, is_head: bool) -> QuantizedMatrix:
     group = scheme.group_for(weight.shape[1])
     if is_head or scheme.bits == 8 or group is None:
-        return round_int8(weight, group if scheme.bits == 8 else None)
+        return round_int8(weight, group)
     return round_int4(weight, group, scheme.minimum)
 
 

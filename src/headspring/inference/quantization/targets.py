@@ -3,7 +3,7 @@
 | parameter | becomes |
 | --- | --- |
 | the matrix of a `Linear` | 8 or 4 bits |
-| the head's matrix, also where it is the embedding | 8 bits by row: each of its rows is one token |
+| the head's matrix, also where it is the embedding | 8 bits in every scheme: each of its rows is one token |
 | an embedding that is no head, positions | stays: it is read a row at a time, never multiplied |
 | norms, biases, convolutions, gates of a decay, routers, experts, recurrent matrices | stay |
 | a `Linear` with fewer than 32 inputs or outputs | stays: a few numbers (a gate for each head) that much hangs on |
