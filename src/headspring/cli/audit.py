@@ -23,9 +23,7 @@ def audit(
     ] = "headspring",
     tokens: Annotated[int | None, typer.Option(help="How many tokens to run. Default: enough to see beyond a window.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of a certificate: float32, bfloat16, or auto (as stored).")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of a certificate: float32, bfloat16, or auto (as stored).")] = "auto",
     quantize: Annotated[str | None, typer.Option(help="Of a certificate: quantize the weights first, such as int8.")] = None,
     long: Annotated[bool, typer.Option(help="A certificate over many more requests and schedules.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the finding as JSON.")] = False,

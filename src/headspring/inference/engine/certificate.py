@@ -136,8 +136,9 @@ def weights_digest(model: ModelModule) -> str:
         held: dict[str, object] = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
         for attribute in ("packed", "joined", "packed_head"):
             matrix = getattr(module, attribute, None)
-            copied = matrix is None or (matrix.kind == "bf16" and not model.released)
-            tensors = () if copied else (matrix.values, matrix.scales, matrix.minimums)
+            if matrix is None or (matrix.kind == "bf16" and not model.released):
+                continue
+            tensors = matrix.values, matrix.scales, matrix.minimums
             held |= {f"{attribute}.{number}": tensor for number, tensor in enumerate(tensors)}
         for part, tensor in sorted(held.items()):
             if isinstance(tensor, Tensor):
