@@ -47,7 +47,7 @@ def main() -> None:
         found = report(baseline, lm.model, scheme).as_dict() | {"seconds_to_load": seconds}
         results["schemes"][scheme] = found
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        said: dict[str, float] = {key: round(found[key], 4) for key in ("bits", "bytes", "bits_per_byte", "kl", "same_best", "seconds_to_load")}
+        said = {key: round(found[key], 4) for key in ("bits", "bytes", "bits_per_byte", "kl", "same_best", "seconds_to_load")}
         print(scheme, said, flush=True)
 
 
