@@ -78,6 +78,7 @@ def test_two_prompts_as_transformers_has_them(ours, theirs):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # transformers writes five to twenty tokens a second
 def test_twenty_prompts_of_sixty_four_tokens_as_transformers_has_them(ours, theirs):
     compare(ours, theirs, PROMPTS, 64)
 

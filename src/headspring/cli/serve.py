@@ -28,7 +28,9 @@ def serve(
     memory: Annotated[float | None, typer.Option(help="GiB for the key-value cache of each model.")] = None,
     max_sequences: Annotated[int, typer.Option(help="Answers that run together.")] = 64,
     cache_dtype: Annotated[str, typer.Option(help="auto, or int8: half the bytes of keys and values.")] = "auto",
-    speculate: Annotated[str | None, typer.Option(help="prompt_lookup, multi_token, draft=MODEL or early_exit=LAYERS.")] = None,
+    speculation: Annotated[
+        str | None, typer.Option(help="prompt_lookup, multi_token, draft=MODEL or early_exit=LAYERS.")
+    ] = None,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; then 429.")] = 256,
     drain_seconds: Annotated[float, typer.Option(help="What runs may finish for so long after SIGTERM.")] = 30.0,
     device: Device = "auto",
@@ -58,7 +60,7 @@ def serve(
             max_sequences=max_sequences,
             memory=None if memory is None else int(memory * 2**30),
             cache_dtype=cache_dtype,
-            speculation=_speculation(speculate),
+            speculation=_speculation(speculation),
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -95,7 +97,7 @@ def _speculation(text: str | None) -> dict[str, str] | None:
     kind, _, value = text.partition("=")
     names = {"draft": "model", "early_exit": "layers"}
     if (kind in names) != bool(value):
-        raise UserError(f"--speculate {text}: use prompt_lookup, multi_token, draft=MODEL or early_exit=LAYERS")
+        raise UserError(f"--speculation {text}: use prompt_lookup, multi_token, draft=MODEL or early_exit=LAYERS")
     return {"kind": kind, names[kind]: value} if value else {"kind": kind}
 
 

@@ -34,7 +34,7 @@ from headspring.inference.language_model import LanguageModel
 from headspring.models import kernels, native, scoring
 from headspring.models.model import ModelModule
 
-REVISION = 1  # of what is checked
+REVISION = 2  # of what is checked
 
 
 class Check(Value):
@@ -177,6 +177,7 @@ class _Proof:
         self.steps = stats.steps
         self.answers = [job.generations for job in jobs]
         self.rows = [answer.prompt_token_ids + answer.token_ids for answers in self.answers for answer in answers]
+        self.sampled = [len(answer.token_ids) for answers in self.answers for answer in answers]
         self.reference = [self._alone(row) for row in self.rows]
 
     # ---- what is checked
@@ -278,7 +279,7 @@ class _Proof:
 
     def _scored(self, name: str, score: Callable[[], list[Tensor]]) -> Check:
         with torch.no_grad():
-            return _compare(name, self.reference, score(), [])
+            return _compare(name, self.reference, score(), [], sampled=self.sampled)
 
     def _engine(self, name: str, schedule: Schedule, note: Callable[..., str]) -> Check:
         """The engine's own log-probabilities of the answers that it writes under a schedule."""
@@ -295,8 +296,16 @@ def _written(answer: Generation) -> Tensor:
     return torch.tensor(answer.logprobs, dtype=torch.float32)
 
 
-def _compare(name: str, expected: list[Tensor], got: list[Tensor], same: list[bool], note: str = "") -> Check:
-    """Bit for bit: NaN and a sign of zero count as differences."""
+def _compare(
+    name: str,
+    expected: list[Tensor],
+    got: list[Tensor],
+    same: list[bool],
+    note: str = "",
+    sampled: list[int] | None = None,
+) -> Check:
+    """Bit for bit: NaN and a sign of zero count as differences. The last `sampled` tokens of each (default: all) were drawn
+    from the model, and only over those is the mean a KL."""
     ours, theirs = torch.cat([*expected, torch.empty(0)]), torch.cat([*got, torch.empty(0)])
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == torch.float32
     if torch.equal(ours.view(torch.int32), theirs.view(torch.int32)):
@@ -305,7 +314,9 @@ def _compare(name: str, expected: list[Tensor], got: list[Tensor], same: list[bo
         change = (theirs - ours).double()
         finite = bool(change.isfinite().all())
         largest = float(change.abs().max()) if finite else 1e308  # JSON has no infinity
-        kl = float((change.exp() - 1 - change).mean()) if finite else 1e308
+        counts = sampled or [len(scores) for scores in expected]
+        drawn = torch.cat([(b - a)[len(a) - n :].double() for a, b, n in zip(expected, got, counts)])
+        kl = float((drawn.exp() - 1 - drawn).mean()) if finite else 1e308
     return Check(name=name, compared=len(ours), largest=largest, kl=kl, other_tokens=same.count(False), note=note)
 
 
