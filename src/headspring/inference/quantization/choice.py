@@ -32,7 +32,7 @@ BATCHES = (1, 3, 8, 33)
 REPEATS = 5
 SWEEP = 64 << 20  # bytes that are read in between
 ENOUGH = 48 << 20  # bytes of matrices that stand for the model
-ENTRIES = 256  # verdicts that are kept; the oldest go
+ENTRIES = 1024  # verdicts that are kept; the oldest go
 
 
 def matrices_of(model: ModelModule) -> list[PackedMatrix]:

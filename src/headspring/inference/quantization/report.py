@@ -38,8 +38,9 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Sizes in bytes as they stand in memory; `bits` are those of a quantized weight, scales included. bits_per_byte and kl
-    (nats a token) are means over `tokens` held-out tokens. `kept` counts the parameters that stayed floats."""
+    """Sizes in bytes, scales in float16 as a folder has them (products read float32); `bits` are those of a quantized weight,
+    scales included. bits_per_byte and kl (nats a token) are means over `tokens` held-out tokens. `kept` counts the parameters
+    that stayed floats."""
 
     scheme: str
     bits: float
@@ -158,7 +159,7 @@ def as_text(found: Mapping[str, Any], worst: int = 5) -> list[str]:
         return []
     ratio = found["original_bytes"] / found["bytes"]
     lines = [
-        f"{found['bits']:.2f} bits a weight, {found['bytes'] / 1e6:,.1f} MB in memory ({ratio:.1f} times less)",
+        f"{found['bits']:.2f} bits a weight, {found['bytes'] / 1e6:,.1f} MB ({ratio:.1f} times less)",
         f"bits per byte {found['original_bits_per_byte']:.4f} → {found['bits_per_byte']:.4f}, "
         f"KL {found['kl']:.4f} nats a token, "
         f"same best token {100 * found['same_best']:.1f} %, over {found['tokens']:,} held-out tokens",
