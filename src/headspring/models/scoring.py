@@ -196,8 +196,8 @@ class _LogProbs(torch.autograd.Function):
 
 @torch.no_grad()
 def divergence(model: "ModelModule", hidden: torch.Tensor, other: "ModelModule", other_hidden: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) = Σ p (log p − log q) in nats (...) float32, of the next token's distribution: p of `model` at hidden (..., D), q
-    of `other` at its own hidden states."""
+    """KL(p ‖ q) = Σ p (log p − log q) in nats (...) float32, of the next token's distribution: p of `model` at hidden (..., D),
+    q of `other` at its own hidden states."""
     pairs = zip(*(rows.reshape(-1, rows.shape[-1]).split(CHUNK) for rows in (hidden, other_hidden)), strict=True)
     values = []
     for rows, other_rows in pairs:
