@@ -81,7 +81,7 @@ def test_what_is_stored_in_bfloat16_stays_so(lm, folder):
         ("file", {}, "is a file"),
         ("empty", {}, "holds no model"),
         ("unfinished", {}, "no finished model stage yet"),
-        ("model", {"quantize": "int8"}, "quantize='int8' is not supported yet"),
+        ("model", {"quantize": "int3"}, "int3"),
         ("model", {"dtype": "int3"}, "dtype 'int3'"),
         ("model", {"device": "abacus"}, "device 'abacus'"),
         ("model", {"device": "meta"}, "device 'meta'"),

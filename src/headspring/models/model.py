@@ -166,7 +166,10 @@ class ModelModule(PartModule):
         hidden = self.head_input(hidden)
         if self.output_weight is None:
             return hidden.float()
-        logits = kernels.multiply(hidden, self.output_weight, self.output_bias, self.packed_head).float()
+        packed, learns = self.packed_head, torch.is_grad_enabled() and hidden.requires_grad
+        if learns and packed is not None and packed.kind == "bf16" and not self.released:
+            packed = None  # the float weights say the same, and can learn
+        logits = kernels.multiply(hidden, self.output_weight, self.output_bias, packed).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     # ---- what every model can do

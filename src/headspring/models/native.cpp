@@ -1,6 +1,9 @@
 // The fused element-wise operators of kernels.py, for float32 and bfloat16. Plain loops that the compiler vectorises:
 // read once, compute in float, write once. Each function exists as NAME_f32 and NAME_bf16.
 
+// Loops that store say `omp simd`: without it the compiler makes two versions, for arrays that overlap and for those that do not,
+// asks at run time how near they lie, and the two round differently. (An array may be its own source, element by element.)
+
 #include "native_rows.h"
 
 #include <sys/syscall.h>
@@ -58,6 +61,7 @@ float normalise(const T *in, const float *weight, T *out, int64_t width, float e
     float sum = 0;
     for (int64_t i = 0; i < width; i++) sum += load(in[i]) * load(in[i]);
     float s = 1.0f / std::sqrt(sum / float(width) + epsilon);
+#pragma omp simd
     for (int64_t i = 0; i < width; i++) store(out + i, load(in[i]) * s * weight[i]);
     return s;
 }
@@ -81,6 +85,7 @@ static void rms_norm_backward(int threads, const T *gradient, const T *passed, c
             const T *dy = gradient + r * width, *in = x + r * width, *more = passed ? passed + r * width : nullptr;
             T *dx = grad_x + r * width;
             float s = scale[r], dot = 0;
+#pragma omp simd reduction(+ : dot)
             for (int64_t i = 0; i < width; i++) {
                 float normalised = load(in[i]) * s, g = load(dy[i]);
                 sums[i] += g * normalised;
@@ -88,9 +93,11 @@ static void rms_norm_backward(int threads, const T *gradient, const T *passed, c
             }
             dot /= float(width);
             if (more)
+#pragma omp simd
                 for (int64_t i = 0; i < width; i++)
                     store(dx + i, s * (load(dy[i]) * weight[i] - load(in[i]) * s * dot) + load(more[i]));
             else
+#pragma omp simd
                 for (int64_t i = 0; i < width; i++)
                     store(dx + i, s * (load(dy[i]) * weight[i] - load(in[i]) * s * dot));
         }
@@ -105,6 +112,7 @@ static void add_rms_norm(int threads, const T *x, const T *y, const float *weigh
     for (int64_t r = 0; r < rows; r++) {
         const T *a = x + r * width, *b = y + r * width;
         T *out = sum + r * width;
+#pragma omp simd
         for (int64_t i = 0; i < width; i++) store(out + i, load(a[i]) + load(b[i]));
         scale[r] = normalise(out, weight, normed + r * width, width, epsilon);
     }
@@ -153,6 +161,7 @@ static void rotate(int threads, const T *x, const float *cosines, const float *s
         for (int64_t h = 0; h < heads; h++) {
             const T *in = x + (row * heads + h) * channels;
             T *out = y + (row * heads + h) * channels;
+#pragma omp simd
             for (int64_t i = 0; i < half; i++) {
                 float a = load(in[i]), b = load(in[i + half]), si = sign * s[i];
                 store(out + i, a * c[i] - b * si);
@@ -173,9 +182,11 @@ void place_row(const T *in, const float *gains, const float *cosines, const floa
             float squares = 0;
             for (int64_t i = 0; i < channels; i++) squares += n[i] * n[i];
             float s = 1.0f / std::sqrt(squares / float(channels) + epsilon);
+#pragma omp simd
             for (int64_t i = 0; i < channels; i++) n[i] *= s * gains[h * channels + i];
         }
         if (cosines)
+#pragma omp simd
             for (int64_t i = 0; i < half; i++) {
                 store(out + i, n[i] * cosines[i] - n[i + half] * sines[i]);
                 store(out + i + half, n[i + half] * cosines[i] + n[i] * sines[i]);
@@ -223,6 +234,7 @@ static void place_heads_backward(int threads, const T *dq, const T *dk, const T 
                 T *dx = grad_mixed + row * stride + h * channels;
                 if (cosines) {
                     const float *c = cosines + place * half, *s = sines + place * half;
+#pragma omp simd
                     for (int64_t i = 0; i < half; i++) {
                         float a = load(dy[i]), b = load(dy[i + half]);
                         g[i] = a * c[i] + b * s[i];
@@ -235,12 +247,14 @@ static void place_heads_backward(int threads, const T *dq, const T *dk, const T 
                     float *sums = partial + (t * heads + h) * channels, squares = 0, dot = 0;
                     for (int64_t i = 0; i < channels; i++) squares += load(in[i]) * load(in[i]);
                     float s = 1.0f / std::sqrt(squares / float(channels) + epsilon);
+#pragma omp simd reduction(+ : dot)
                     for (int64_t i = 0; i < channels; i++) {
                         float normalised = load(in[i]) * s;
                         sums[i] += g[i] * normalised;
                         dot += g[i] * w[i] * normalised;
                     }
                     dot *= s / float(channels);
+#pragma omp simd
                     for (int64_t i = 0; i < channels; i++) store(dx + i, s * (g[i] * w[i] - load(in[i]) * dot));
                 } else
                     for (int64_t i = 0; i < channels; i++) store(dx + i, g[i]);
