@@ -12,7 +12,7 @@ glibc = platform.system() == "Linux" and platform.libc_ver()[0] == "glibc"
 
 @pytest.mark.skipif(not glibc, reason="only glibc has these settings")
 def test_memory_is_kept_and_given_back():
-    """In a process of its own: in one that has done much else, the heap may have no room to grow, and memory comes from maps."""
+    """In a process of its own: where much else has run, the heap may have no room to grow, and memory comes from maps."""
     script = """
         import psutil
         import torch
