@@ -6,15 +6,19 @@ product reads them (`native_attention.cpp`); so a page is used where it lies and
 `Int8Pages` keep a byte a number and a scale for each token and head: half the memory, and a rounding of about 0.4 %.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from headspring.models import kernels
 from headspring.models.ragged import PAGE, Ragged
 from headspring.models.state import LayerState
+
+ALIGNMENT = 64  # bytes of a cache line
 
 
 class Pages:
@@ -27,8 +31,8 @@ class Pages:
         self, count: int, kv_heads: int, channels: int, dtype: torch.dtype, device: torch.device, group: int | None = None
     ):
         self.group = group
-        self.keys = torch.zeros(count, kv_heads, PAGE, channels, dtype=dtype, device=device)
-        self.values = torch.zeros(count, kv_heads, channels, PAGE, dtype=dtype, device=device)
+        self.keys = untouched_zeros((count, kv_heads, PAGE, channels), dtype, device)
+        self.values = untouched_zeros((count, kv_heads, channels, PAGE), dtype, device)
 
     def write(self, k: torch.Tensor, v: torch.Tensor, ragged: Ragged) -> None:
         """Store the keys and values (N, K, C) of the row's tokens."""
@@ -104,6 +108,15 @@ class Int8Pages(Pages):
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.keys, self.values, self.key_scales, self.value_scales
+
+
+def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take memory where they are first written: on a CPU the system gives such pages, and torch would fill them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    room = np.zeros(math.prod(shape) * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return torch.from_numpy(room[start : room.size - ALIGNMENT + start]).view(dtype).view(shape)
 
 
 def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
