@@ -1,4 +1,4 @@
-"""The fused kernels of `models/fused.py` on CUDA against the plain text of the same operators: how near, and how much faster.
+"""Fused kernels of other projects (`models/kernels/installed.py`) on CUDA against the plain text: how near, how much faster.
 
     pip install mamba-ssm causal-conv1d flash-linear-attention
     python benchmarks/gpu/fused.py [--batch 8 --length 2048 --width 1024]
@@ -20,11 +20,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     options = parser.parse_args()
     torch = require_gpu()
-    from headspring.models import Block, Decoder, GatedDelta, LinearAttention, Mamba, Mamba2, fused
+    from headspring.models import Block, Decoder, GatedDelta, LinearAttention, Mamba, Mamba2
+    from headspring.models.kernels import installed
 
     mixers = {"mamba": Mamba(), "mamba2": Mamba2(), "linear_attention": LinearAttention(), "delta": GatedDelta()}
-    found: dict[str, Any] = {"missing": [name for name in fused.PLACES if fused.kernel(name) is None]}
-    real = fused.applies
+    found: dict[str, Any] = {"missing": [name for name in installed.PLACES if installed.kernel(name) is None]}
+    real = installed.applies
     for name, mixer in mixers.items():
         value = Decoder(vocab=1024, width=options.width, layers=(Block(mixer=mixer),), context=options.length)
         model = value.build().to("cuda").train()
@@ -39,10 +40,10 @@ def main() -> None:
 
         hidden = {}
         for kind, applies in (("fused", real), ("plain", lambda *_: False)):
-            fused.applies = applies
+            installed.applies = applies
             hidden[kind] = step()
             found[f"{name} {kind}"] = milliseconds(step)
-        fused.applies = real
+        installed.applies = real
         found[f"{name} error"] = float((hidden["fused"] - hidden["plain"]).norm() / hidden["plain"].norm())
     write("fused", vars(options), found)
 

@@ -19,6 +19,7 @@ from headspring.models import (
     Strided,
     T5Bias,
     block_sparse,
+    strided,
 )
 from headspring.models import attend as attend_module
 from headspring.models.chosen import Chosen
@@ -35,6 +36,8 @@ MASKS = [
     LocalGlobal(window=4, globals=2),
     LocalGlobal(window=3, globals=1, every=7),
     Strided(stride=7, local=3),
+    Strided(stride=32, local=30),
+    Strided(stride=2, local=2),
     Routed(block=4, top=1),
     Routed(block=3, top=2),
     Hashed(block=4, top=2, buckets=4, rounds=1),
@@ -88,7 +91,7 @@ def test_gathered_is_dense(mask, case):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("mask", [MASKS[1], MASKS[4], MASKS[6]], ids=repr)
+@pytest.mark.parametrize("mask", [MASKS[1], MASKS[4], MASKS[5], MASKS[6], MASKS[8]], ids=repr)
 def test_gathered_is_dense_whatever_is_done_to_the_scores(mask, settings):
     part = module(mask, **settings)
     for case in CASES.values():
@@ -97,11 +100,28 @@ def test_gathered_is_dense_whatever_is_done_to_the_scores(mask, settings):
 
 def test_what_is_gathered_again_is_the_same():
     """Long lists are not kept for the backward pass: in pieces or whole, and with another bias a head."""
-    part = module(MASKS[5], position=T5Bias(buckets=8, max_distance=20))
-    with patch.object(block_sparse, "ROWS", 1):
+    part = module(MASKS[4], position=T5Bias(buckets=8, max_distance=20))
+    with patch.object(block_sparse, "ROWS", 1), patch.object(block_sparse, "KEPT", 1):
         again = run(part, CASES["documents"], dense=False)
     with patch.object(block_sparse, "KEPT", 100):
         assert_same(again, run(part, CASES["documents"], dense=False))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_columns_are_read_some_rows_at_a_time(case):
+    part = module(MASKS[5], position=ALiBi())
+    with patch.object(strided, "SCORES", 1):
+        assert_same(run(part, CASES[case], dense=False), run(part, CASES[case], dense=True))
+
+
+def test_a_window_or_a_column_too_short_is_noticed():
+    part = module(Strided(stride=32, local=30))
+    expected = run(part, {}, dense=True)
+    with patch.object(strided, "reach", lambda mask: 0), pytest.raises(AssertionError):
+        assert_same(run(part, {}, dense=False), expected)
+    with patch.object(strided._Rows, "_far", lambda self, q, k: torch.full((2, 2, 2, 2, 32, 2), -torch.inf)):
+        with pytest.raises(AssertionError):
+            assert_same(run(part, {}, dense=False), expected)
 
 
 def test_a_key_left_out_of_the_lists_is_noticed():
@@ -115,7 +135,7 @@ def test_a_key_left_out_of_the_lists_is_noticed():
         assert_same(run(part, {}, dense=False), expected)
 
 
-@pytest.mark.parametrize("mask", [mask for mask in MASKS if not isinstance(mask, Chosen)], ids=repr)
+@pytest.mark.parametrize("mask", [mask for mask in MASKS if not isinstance(mask, Chosen | Strided)], ids=repr)
 def test_lists_have_each_visible_key_once(mask):
     length, block = 50, mask.query_block
     for index in range(length // block):

@@ -6,8 +6,9 @@ import torch
 from headspring.models import Attention, Block, Decoder, NoPE, RMSNorm, RoPE, SwiGLU, kernels
 from headspring.models.block import Branch
 from headspring.models.fused_block import FusedBlock, FusedStack
+from headspring.models.kernels.packed import PackedMatrix, pack_groups
+from headspring.models.kernels.packing import pack_model, unpack_model
 from headspring.models.mask import Causal
-from headspring.models.packed import PackedMatrix, pack_groups, pack_model, unpack_model
 from headspring.models.paged import BatchState
 from headspring.models.part import Linear
 from headspring.models.ragged import Ragged

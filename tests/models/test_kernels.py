@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from headspring.models import kernels, native
+from headspring.models import kernels
+from headspring.models.kernels import native
 from headspring.models.position import RoPE
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler: only the plain kernels exist")

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from headspring.artifacts.errors import UserError
-from headspring.models import kernels, native, packed
-from headspring.models.packed import PackedMatrix
+from headspring.models import kernels
+from headspring.models.kernels import native, packed
+from headspring.models.kernels.packed import PackedMatrix
 
 needs_products = pytest.mark.skipif(
     native.library() is None or not native.library().has_packed_products, reason="no native products with packed weights here"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from headspring.artifacts.errors import UserError
-from headspring.models import Attention, Block, Decoder, SwiGLU, kernels, native, packed, repeat, save_model
+from headspring.models import Attention, Block, Decoder, SwiGLU, kernels, repeat, save_model
+from headspring.models.kernels import native, packed, packing
 from headspring.models.scoring import cross_entropy_sum, log_probs
 
 needs_products = pytest.mark.skipif(
@@ -81,12 +82,12 @@ def test_a_packed_model_gives_the_same_bits(choices):
     trained = model(TOKENS)
     with torch.no_grad():
         logits, scores = model.logits(trained), log_probs(model, trained, TOKENS)
-        packed.pack_model(model)
+        packing.pack_model(model)
         assert model.layers[0].mixer.f.q.joined is not None, "q, k and v are one product"
         assert torch.equal(model(TOKENS), trained)
         assert torch.equal(model(TOKENS[:1, :3]), trained[:1, :3])
         assert torch.equal(model.logits(trained), logits) and torch.equal(log_probs(model, trained, TOKENS), scores)
-        packed.unpack_model(model)
+        packing.unpack_model(model)
         assert model.layers[0].mixer.f.q.packed is None
         assert torch.equal(model(TOKENS), trained)
 
@@ -95,7 +96,7 @@ def test_int8_is_near():
     model = build()
     with torch.no_grad():
         before = model.logits(model(TOKENS))
-        packed.pack_model(model, "int8")
+        packing.pack_model(model, "int8")
         after = model.logits(model(TOKENS))
     assert not torch.equal(before, after)
     assert (before - after).norm() / before.norm() < 0.06
@@ -108,23 +109,23 @@ def test_the_evaluator_scores_as_the_trainer():
     loss = cross_entropy_sum(model, hidden, TOKENS)
     with torch.no_grad():
         assert torch.equal(cross_entropy_sum(model, hidden, TOKENS), loss.detach())
-        packed.pack_model(model)
+        packing.pack_model(model)
         assert torch.equal(cross_entropy_sum(model, hidden, TOKENS), loss.detach())
 
 
 def test_a_packed_model_drops_its_matrices_where_it_learns():
     model = build()
     expected = model(TOKENS)
-    packed.pack_model(model)
+    packing.pack_model(model)
     assert torch.equal(model(TOKENS), expected)
-    assert all(part.packed is None for part in packed.packable(model).values())
+    assert all(part.packed is None for part in packing.packable(model).values())
     cross_entropy_sum(model, model(TOKENS), TOKENS).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_a_quantized_model_is_not_trained():
     model = build()
-    packed.pack_model(model, "int8")
+    packing.pack_model(model, "int8")
     with pytest.raises(UserError, match="load it again"):
         model(TOKENS)
     with torch.no_grad():
@@ -136,14 +137,14 @@ def test_a_quantized_model_is_not_trained():
 @needs_products
 def test_weights_that_changed_are_packed_anew():
     model = build()
-    packed.pack_for_serving(model)
+    packing.pack_for_serving(model)
     with torch.no_grad():
         before = model(TOKENS)
         for parameter in model.parameters():
             parameter.mul_(1.5)
-        packed.pack_for_serving(model)
+        packing.pack_for_serving(model)
         after = model(TOKENS)
-        packed.unpack_model(model)
+        packing.unpack_model(model)
         assert torch.equal(model(TOKENS), after) and not torch.equal(before, after)
 
 
@@ -151,7 +152,7 @@ def test_released_weights_are_gone_and_the_model_says_so(tmp_path):
     model = build()
     with torch.no_grad():
         kept = model(TOKENS)
-        packed.pack_model(model, release=True)
+        packing.pack_model(model, release=True)
         weight = model.layers[0].feedforward.f.out.weight
         assert weight.shape == (64, 96) and weight.untyped_storage().nbytes() == 4
         assert (model(TOKENS) - kept).norm() / kept.norm() < 0.02
@@ -159,48 +160,48 @@ def test_released_weights_are_gone_and_the_model_says_so(tmp_path):
     with pytest.raises(UserError, match="released"):
         save_model(model, tmp_path)
     with pytest.raises(UserError, match="released"):
-        packed.unpack_model(model)
+        packing.unpack_model(model)
 
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(UserError, match="bf16 or int8, not 'groups'"):
-        packed.pack_model(build(), "groups")
+        packing.pack_model(build(), "groups")
 
 
 def memories(model) -> set[int]:
     """The blocks of memory that products read."""
-    parts = [part.joined or part.packed for part in packed.packable(model).values()]
+    parts = [part.joined or part.packed for part in packing.packable(model).values()]
     return {matrix.values.untyped_storage().data_ptr() for matrix in (*parts, model.packed_head)}
 
 
 @needs_products
 def test_matrices_lie_side_by_side_and_what_changed_is_packed_again(monkeypatch):
     model = build()
-    monkeypatch.setattr(packed, "WORTHWHILE", 0)
+    monkeypatch.setattr(packing, "WORTHWHILE", 0)
     with torch.no_grad():
         before = model(TOKENS)
-        packed.pack_for_serving(model)
+        packing.pack_for_serving(model)
         assert len(memories(model)) == 1
         assert torch.equal(model(TOKENS), before)
         held = model.packed_head
-        packed.pack_for_serving(model)
+        packing.pack_for_serving(model)
         assert model.packed_head is held, "nothing has changed: nothing is moved"
         model.layers[1].mixer.f.k.weight.mul_(1.5)
-        packed.pack_for_serving(model)
+        packing.pack_for_serving(model)
         packed_again, parts = model(TOKENS), model.layers[1].mixer.f
         assert len(memories(model)) == 1
         assert torch.equal(parts.q.joined.dequantized()[128:192], parts.k.weight.bfloat16().float())
-        packed.unpack_model(model)
+        packing.unpack_model(model)
         assert torch.equal(model(TOKENS), packed_again)
 
 
 def test_a_packed_model_is_copied(monkeypatch):
     model = build()
-    monkeypatch.setattr(packed, "WORTHWHILE", 0)
+    monkeypatch.setattr(packing, "WORTHWHILE", 0)
     with torch.no_grad():
-        packed.pack_model(model, "int8")
+        packing.pack_model(model, "int8")
         before = model(TOKENS)
         copy = deepcopy(model)
-        for part in packed.packable(model).values():
+        for part in packing.packable(model).values():
             part.packed.values.zero_()
         assert torch.equal(copy(TOKENS), before)

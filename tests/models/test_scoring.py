@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from headspring.data.batch import IGNORE
-from headspring.models import native, scoring
+from headspring.models import scoring
+from headspring.models.kernels import native
 
 
 class Head(torch.nn.Module):

@@ -11,11 +11,12 @@ from transformers import RecurrentGemmaConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
 
-from headspring.models import EluPlusOne, Favor, GatedDelta, GatedLinear, LinearAttention, Mamba, Mamba2, fused
+from headspring.models import EluPlusOne, Favor, GatedDelta, GatedLinear, LinearAttention, Mamba, Mamba2
 from headspring.models.chunked import delta
 from headspring.models.context import Context
 from headspring.models.convolution import CausalConvolution
 from headspring.models.families import FAMILIES
+from headspring.models.kernels import installed
 from headspring.models.linear_attention import FavorModule, orthogonal_directions, running_max
 from tests.models import parity, recurrences
 
@@ -384,8 +385,8 @@ def test_a_fused_kernel_is_given_what_it_expects(mixer, monkeypatch):
     module, x = randomise(mixer.build(WIDTH)), torch.randn(ROWS, TIME, WIDTH)
     expected, expected_state = module(x, context(TIME)), module.new_state(ROWS, TIME, torch.float32, x.device)
     module(x, context(TIME), expected_state)
-    monkeypatch.setattr(fused, "kernel", kernel)
-    monkeypatch.setattr(fused, "applies", lambda x, activations, starts: starts is None)
+    monkeypatch.setattr(installed, "kernel", kernel)
+    monkeypatch.setattr(installed, "applies", lambda x, activations, starts: starts is None)
     close(module(x, context(TIME)), expected)
     state = module.new_state(ROWS, TIME, torch.float32, x.device)
     close(module(x, context(TIME), state), expected)
@@ -396,7 +397,9 @@ def test_a_fused_kernel_is_given_what_it_expects(mixer, monkeypatch):
 
 def test_kernels_leave_alone_what_they_would_change():
     x, starts = torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool)
-    assert not fused.applies(x, torch.bfloat16, None)  # on the CPU
+    assert not installed.applies(x, torch.bfloat16, None)  # on the CPU
     if torch.cuda.is_available():
-        assert fused.applies(x.cuda(), torch.bfloat16, None)
-        assert not fused.applies(x.cuda(), torch.float32, None) and not fused.applies(x.cuda(), torch.bfloat16, starts.cuda())
+        assert installed.applies(x.cuda(), torch.bfloat16, None)
+        assert not installed.applies(x.cuda(), torch.float32, None) and not installed.applies(
+            x.cuda(), torch.bfloat16, starts.cuda()
+        )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headspring.models import native
+from headspring.models.kernels import native
 from headspring.training.optimizers import AdamW, Muon, MuonOptimizer, build_optimizers, orthogonalise
 from headspring.training.schedule import Cosine, WarmupStableDecay
 

@@ -5,17 +5,18 @@ hides most keys is read sparsely (`block_sparse`) where that is worthwhile; a sl
 (`window`).
 """
 
+from types import ModuleType
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from headspring.models import block_sparse, kernels
+from headspring.models import block_sparse, kernels, strided
 from headspring.models.attend import Scoring, added, attention, scored_pattern, weigh
 from headspring.models.chosen import Chosen
 from headspring.models.context import Context, Visibility
-from headspring.models.mask import Causal, Mask
+from headspring.models.mask import Causal, Mask, Strided
 from headspring.models.norm import NormModule, RMSNormModule
 from headspring.models.paged import Int8Pages, Pages
 from headspring.models.part import Cost, ParameterRule, constant, linear, same_input
@@ -103,6 +104,8 @@ class AttentionModule(ProjectedModule):
             self._held(context)
         elif self._gathers(context) and self.chosen is not None:
             block_sparse.lay_out(context, self.chosen.block)
+        elif self._gathers(context) and isinstance(self._mask, Strided):
+            self._columns(self._mask, context)
         elif self._gathers(context):
             context.visibility(self._mask) if self._maybe_native(context) else self._lists(context)
         else:
@@ -147,6 +150,8 @@ class AttentionModule(ProjectedModule):
         if causal and scoring.fused and kernels.pages_natively(q, pages):
             window = None if self.sliding is None else self.sliding.window
             return kernels.paged_attention(q[0], pages, ragged, window, scoring.scale)[None]
+        if causal and (on_gpu := kernels.pages_on_gpu(q)) is not None:
+            return self._attend_on_gpu(on_gpu, q[0], pages, ragged)[None]
         if causal and len(ragged.counts) > 1 and all(count == 1 for count in ragged.counts):
             return self._attend_together(q, pages, ragged, scoring)
         parts = []
@@ -161,13 +166,22 @@ class AttentionModule(ProjectedModule):
                 parts.append(attention(queries, keys, values, seen, scores))
         return torch.cat(parts, dim=2).transpose(1, 2)
 
+    def _attend_on_gpu(self, on_gpu: ModuleType, q: torch.Tensor, pages: Pages, ragged: Ragged) -> torch.Tensor:
+        """Queries (N, H, C) by the operator of `kernels.triton_paged`."""
+        step = ragged.tables[pages.group], ragged.offsets, ragged.lengths, ragged.positions[0]
+        tiles = ragged.tiles(on_gpu.queries_of_a_tile(self.heads, self.kv_heads))
+        window = None if self.sliding is None else self.sliding.window
+        scale = self.channels**-0.5 if self.value.scale is None else self.value.scale
+        scoring = {"scale": scale, "window": window, "softcap": self.value.softcap, "sinks": self.sinks}
+        return on_gpu.attend(q, pages.tensors, *step, tiles, ragged.reach(), **scoring)
+
     def _attend_together(self, q: torch.Tensor, pages: Pages, ragged: Ragged, scoring: Scoring) -> torch.Tensor:
         """The same where each sequence has one query, some sequences at a time: (1, S, H, C)."""
         parts = []
         for start in range(0, len(ragged.counts), TOGETHER):
             rows = slice(start, start + TOGETHER)
             ends = ragged.lengths[rows, None] + 1
-            length = max(ragged.past[rows]) + 1
+            length = ragged.reach(rows)
             place = torch.arange(length, device=q.device)
             seen = self._mask.allowed(ends - 1, place) & (place < ends)
             keys, values = pages.gather_several(rows, ragged, length)
@@ -230,6 +244,16 @@ class AttentionModule(ProjectedModule):
 
         return context.once(f"lists and bias: {self._bias_key}", make)
 
+    def _columns(self, mask: Strided, context: Context) -> tuple[block_sparse.Blocks, strided.Biases]:
+        """The rows of a strided layout, and what is added to the scores of windows and of columns."""
+        blocks = block_sparse.lay_out(context, mask.stride)
+
+        def make() -> strided.Biases:
+            near, far = strided.relative(mask, blocks)
+            return self.position.between(near, context), self.position.between(far, context)
+
+        return blocks, context.once(f"columns: {self._bias_key}", make)
+
     def _list_bias(self, lists: block_sparse.Lists, context: Context) -> torch.Tensor | None:
         """(B or 1, H, N, size, L)."""
         if not self.position.biased:
@@ -245,6 +269,8 @@ class AttentionModule(ProjectedModule):
     ) -> torch.Tensor:
         scoring = Scoring(self.value.scale, self.value.softcap, self.sinks)
         if self._gathers(context) and not (self._maybe_native(context) and kernels.attends_natively(q, v)):
+            if isinstance(self._mask, Strided):
+                return strided.strided_attention(q, k, v, self._mask, *self._columns(self._mask, context), scoring)
             if self.chosen is not None and asks is not None:
                 lists = block_sparse.chosen(self.chosen, block_sparse.lay_out(context, self.chosen.block), asks, k)
                 bias = self._list_bias(lists, context)

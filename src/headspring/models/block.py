@@ -22,7 +22,7 @@ from headspring.models.mixer import Mixer, MixerModule
 from headspring.models.norm import Norm, RMSNorm, RMSNormModule
 from headspring.models.part import Cost, PartModule
 from headspring.models.ragged import each
-from headspring.models.state import LayerState, MemoryState, ReadingState
+from headspring.models.state import LayerState, MemoryState, ReadingState, ReadingStates
 
 
 class Branch(Value):
@@ -164,7 +164,8 @@ class BlockModule(PartModule):
         x = self.site("residual.pre", x)
         if self.parallel:
             return self.site("residual.post", self._parallel(x, context, state))
-        memory, state = (state.memory, state.own) if isinstance(state, ReadingState) else (None, state)
+        reads = isinstance(state, ReadingState | ReadingStates)
+        memory, state = (state.memory, state.own) if reads else (None, state)
         x, read = self.mixer.read(x)
         x, y = self._added(self.mixer, x, self._mixed(read, context, state), "residual.mid", self.cross or self.feedforward)
         if self.cross is not None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from headspring.models import fused
+from headspring.models.kernels import installed
 from headspring.models.part import Cost
 from headspring.models.scan import linear_scan
 
@@ -46,8 +46,8 @@ def decayed(
     batch, time, heads, _ = v.shape
     if time == 1:
         return _decayed_step(q, k, v, log_decay, initial, starts)
-    if fused.applies(v, activations, starts) and log_decay is not None:
-        made = fused.decayed(q, k, v, log_decay, initial, activations)
+    if installed.applies(v, activations, starts) and log_decay is not None:
+        made = installed.decayed(q, k, v, log_decay, initial, activations)
         if made is not None:
             return made
     groups = q.shape[2]
@@ -111,8 +111,8 @@ def delta(
         u = beta.unsqueeze(-1) * (v - (k.unsqueeze(-2) @ held).squeeze(-2))
         state = held + k.unsqueeze(-1) * u.unsqueeze(-2)
         return (q[:, 0].unsqueeze(-2) @ state).transpose(1, 2), state
-    if fused.applies(v, activations, starts):
-        made = fused.delta(q, k, v, log_decay, beta, initial, activations)
+    if installed.applies(v, activations, starts):
+        made = installed.delta(q, k, v, log_decay, beta, initial, activations)
         if made is not None:
             return made
     parts = Chunks.of(time, chunk, batch, heads, log_decay, starts, v)

@@ -10,8 +10,8 @@ can be cut where it would reach into another document.
 import torch
 from torch import nn
 
-from headspring.models import fused
 from headspring.models.context import Context
+from headspring.models.kernels import installed
 from headspring.models.part import Cost, ParameterRule, PartModule, constant
 
 
@@ -41,9 +41,9 @@ class CausalConvolution(PartModule):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """y, and the window that the next tokens find."""
         batch, time, _ = x.shape
-        if window is None and fused.applies(x, x.dtype, context.starts) and time >= self.width:
+        if window is None and installed.applies(x, x.dtype, context.starts) and time >= self.width:
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            made = fused.convolution(x, self.weight.squeeze(1).to(x.dtype), bias)
+            made = installed.convolution(x, self.weight.squeeze(1).to(x.dtype), bias)
             if made is not None:
                 return made, x[:, 1 + time - self.width :].clone()
         taps = self.weight.squeeze(1).to(x.dtype).mT.flip(0)  # (W, E), now first

@@ -10,8 +10,9 @@ Why a mixer of its own and not an option of `Attention`: it has neither mask nor
 most of what that file is about.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +20,8 @@ from headspring.models.attend import Scoring, attention, scored_pattern, weigh
 from headspring.models.context import Context, Visibility
 from headspring.models.part import Cost, linear
 from headspring.models.projected import Projected, ProjectedModule
-from headspring.models.state import LayerState, MemoryState
+from headspring.models.ragged import Ragged
+from headspring.models.state import MemoryState
 
 SEEN = "what is seen of the memory"
 
@@ -51,22 +53,33 @@ class CrossAttentionModule(ProjectedModule):
         mask = None if context.memory_mask is None else context.memory_mask[:, None, None, :]
         context.once(SEEN, lambda: Visibility(mask, causal=False))
 
-    def forward(self, x: torch.Tensor, context: Context, state: LayerState | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: Context, state: Any = None) -> torch.Tensor:
+        """`state`: a `MemoryState`, or one for each of the sequences side by side."""
         q = self.q(x).unflatten(-1, (self.heads, self.channels))
         q = self.site("q", q if self.q_norm is None else self.q_norm(q)).transpose(1, 2)
-        k, v = self._memory(context, state)
-        k, v = self.site("k", k).transpose(1, 2), self.site("v", v).transpose(1, 2)
-        visible = context.prepared[SEEN]
-        if "pattern" in self.watched:
-            y = weigh(self.site("pattern", scored_pattern(q, k, visible, self.scoring)), v)
-        else:
-            y = attention(q, k, v, visible, self.scoring)
+        y = self._read(q, context, state) if context.ragged is None else self._read_each(q, context.ragged, state)
         y = self.site("heads", y.transpose(1, 2))  # (B, T, H, C)
         return self.site("out", self.out(y.flatten(2)))
 
-    def _memory(self, context: Context, state: LayerState | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read_each(self, q: torch.Tensor, ragged: Ragged, states: Sequence[MemoryState]) -> torch.Tensor:
+        """Queries (1, H, N, C) of several sequences, each of which has a memory of its own."""
+        parts = []
+        for number, span, own in ragged.alone():
+            self.prepare(own)
+            parts.append(self._read(q[:, :, span], own, states[number]))
+        return torch.cat(parts, dim=2)
+
+    def _read(self, q: torch.Tensor, context: Context, state: MemoryState | None) -> torch.Tensor:
+        """What queries (B, H, T, C) find in the memory, (B, H, T, C)."""
+        k, v = self._memory(context, state)
+        k, v = self.site("k", k).transpose(1, 2), self.site("v", v).transpose(1, 2)
+        visible = context.prepared[SEEN]
+        if "pattern" not in self.watched:
+            return attention(q, k, v, visible, self.scoring)
+        return weigh(self.site("pattern", scored_pattern(q, k, visible, self.scoring)), v)
+
+    def _memory(self, context: Context, state: MemoryState | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the source, (B, M, K, C) each: worked out once where there is a state to keep them."""
-        assert state is None or isinstance(state, MemoryState)
         if state is not None and state.keys is not None and state.values is not None:
             return state.keys, state.values
         assert context.memory is not None, "cross-attention without a memory to read"

@@ -5,8 +5,8 @@ from pydantic import Field
 from torch import nn
 
 from headspring.artifacts.value import Value
+from headspring.models.kernels.packed import PackedMatrix
 from headspring.models.norm import Norm
-from headspring.models.packed import PackedMatrix
 from headspring.models.part import Cost, Group, Linear, ParameterRule, PartModule, constant, normal
 from headspring.models.position import AbsolutePosition
 from headspring.models.transform import Transform

@@ -120,12 +120,12 @@ class EncoderDecoderModule(ModelModule):
         Raises `UserError` without a source.
         """
         memory = self._memory(tokens, state, source, source_padding)
-        self._stacks_compute_alike()
+        self.compute_alike()
         return self.decoder(tokens, state, segments, padding, memory=memory)
 
     def encode(self, source: torch.Tensor, padding: torch.Tensor | None = None) -> Memory:
         """What the decoder reads of sources (B, M) int64 with `padding` (B,) pads on the left."""
-        self._stacks_compute_alike()
+        self.compute_alike()
         hidden = self.encoder(source, padding=padding)
         if padding is None:
             return Memory(hidden, None)
@@ -147,13 +147,13 @@ class EncoderDecoderModule(ModelModule):
             state.memory = memory
         return memory
 
-    def _stacks_compute_alike(self) -> None:
+    def compute_alike(self) -> None:
         """What is set for the whole (a dtype, by `computing_in`) holds for both sides."""
         for stack in (self.encoder, self.decoder):
             stack.compute_dtype, stack.checkpoint_activations = self.compute_dtype, self.checkpoint_activations
 
     def new_state(self, batch: int, capacity: int | None = None) -> State:
-        self._stacks_compute_alike()
+        self.compute_alike()
         return self.decoder.new_state(batch, capacity)
 
     # ---- the head is the decoder's

@@ -1,4 +1,4 @@
-"""Decoder blocks as one operator: all layers of an engine's step in one call (`native_block.cpp`).
+"""Decoder blocks as one operator: all layers of an engine's step in one call (`kernels/cpp/block.cpp`).
 
     norm → q, k, v → norm and rotation of heads → pages → attention → out, + x → norm → gate, up → silu · up → down, + x
 
@@ -21,16 +21,16 @@ from headspring.models.attention import AttentionModule
 from headspring.models.block import BlockModule, BranchModule
 from headspring.models.context import Context
 from headspring.models.feedforward import GatedModule
-from headspring.models.native_pages import PagesArgument, StepArgument
+from headspring.models.kernels.packed import Mirror
+from headspring.models.kernels.pages import PagesArgument, StepArgument
 from headspring.models.norm import RMSNormModule
-from headspring.models.packed import Mirror
 from headspring.models.paged import Pages
 from headspring.models.part import Linear
 from headspring.models.position import PositionModule
 
 
 class BlockArgument(ctypes.Structure):
-    """`Block` of native_block.cpp."""
+    """`Block` of kernels/cpp/block.cpp."""
 
     _fields_ = [
         *((name, Mirror) for name in ("qkv", "out", "both", "down")),
@@ -43,7 +43,7 @@ class BlockArgument(ctypes.Structure):
 
 
 class RotationArgument(ctypes.Structure):
-    """`Rotation` of native_block.cpp."""
+    """`Rotation` of kernels/cpp/block.cpp."""
 
     _fields_ = [("cosines", ctypes.c_void_p), ("sines", ctypes.c_void_p)]
 
@@ -53,6 +53,7 @@ class FusedBlock:
 
     def __init__(self, block: BlockModule, attention: AttentionModule, gated: GatedModule):
         self.block, self.attention, self.gated = block, attention, gated
+        self.parts = [attention.q, attention.k, attention.v, attention.out, gated.gate, gated.up, gated.out]
         self.argument = BlockArgument()
         self._kept: list[torch.Tensor] = []  # what the argument has the addresses of
         self._add_matrices("qkv", attention.q, attention.k, attention.v)
@@ -82,8 +83,9 @@ class FusedBlock:
 
     @property
     def stands(self) -> bool:
-        """Whether nobody looks inside. What is looked at before and after is seen between two calls."""
-        return self.attention.tap is None and self.gated.tap is None and "residual.mid" not in self.block.watched
+        """Whether nobody looks inside or adds to a product. What is looked at before and after is seen between two calls."""
+        seen = self.attention.tap is not None or self.gated.tap is not None or "residual.mid" in self.block.watched
+        return not seen and all(part.addition is None for part in self.parts)
 
     def _add_matrices(self, name: str, *parts: Linear) -> None:
         packed = parts[0].joined if len(parts) > 1 else parts[0].packed
@@ -185,7 +187,7 @@ def _readable(pages: Any) -> bool:
 
 
 class StackStepArgument(ctypes.Structure):
-    """`Step` of native_block.cpp."""
+    """`Step` of kernels/cpp/block.cpp."""
 
     _fields_ = [
         ("sequences", ctypes.POINTER(StepArgument)),

@@ -172,8 +172,7 @@ class LocalGlobal(Mask):
 
 class Strided(Mask):
     """The last `local` keys, and before those every key whose distance is a multiple of `stride` (arXiv 1904.10509, section
-    4.2). A block reads as many keys around each multiple as it has queries, and each query sees one of those: blocks are
-    short for that reason, and `LocalGlobal(every=…)`, where all queries see the same columns, is cheaper."""
+    4.2). Neighbours share no such key, so that this has no lists: `strided` reads it by columns."""
 
     kind: Literal["strided"] = "strided"
     stride: int = Field(gt=1)
@@ -200,10 +199,4 @@ class Strided(Mask):
 
     @property
     def query_block(self) -> int:
-        return min(self.stride, 16)
-
-    def gathered(self, index: torch.Tensor, length: int) -> torch.Tensor:
-        block, multiples = self.query_block, self.stride * torch.arange(1, (length - 1) // self.stride + 1, device=index.device)
-        runs = stretch(index, block, 0)[..., None, :] - multiples[:, None]
-        near = stretch(index, block, self.local - 1)
-        return only_before(runs.flatten(-2).clamp(min=-1), near, index, block, self.local)
+        return self.stride

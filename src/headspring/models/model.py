@@ -16,7 +16,7 @@ from torch import nn
 
 from headspring.artifacts.value import Variant
 from headspring.models import kernels
-from headspring.models.packed import PackedMatrix
+from headspring.models.kernels.packed import PackedMatrix
 from headspring.models.part import Cost, ParameterRule, PartModule
 from headspring.models.sites import Sites
 from headspring.models.state import State

@@ -2,7 +2,7 @@
 
 One pool of pages a layer; which page holds which tokens of whom is said by tables (`ragged.Ragged.tables`), the same for all
 layers that forget alike. Values lie transposed, channels down and tokens across, because that is how attention's second
-product reads them (`native_attention.cpp`); so a page is used where it lies and never copied. What is not written yet is zero.
+product reads them (`kernels/cpp/paged.h`); so a page is used where it lies and never copied. What is not written yet is zero.
 `Int8Pages` keep a byte a number and a scale for each token and head: half the memory, and a rounding of about 0.4 %.
 """
 
@@ -16,7 +16,8 @@ import torch
 
 from headspring.models import kernels
 from headspring.models.ragged import PAGE, Ragged
-from headspring.models.state import LayerState
+from headspring.models.soft_tokens import PlacedVectors
+from headspring.models.state import LayerState, ReadingStates
 
 ALIGNMENT = 64  # bytes of a cache line
 
@@ -127,7 +128,9 @@ def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass
 class BatchState:
-    """The memory of a model for the sequences of one step: a layer has pages, or a state for each sequence."""
+    """The memory of a model for the sequences of one step: a layer has pages, or a state for each sequence; one that reads
+    another sequence too has `ReadingStates`. `soft` are vectors that stand in the row in the place of tokens."""
 
     ragged: Ragged
-    layers: Sequence[Pages | Sequence[LayerState]]
+    layers: Sequence[Pages | Sequence[LayerState] | ReadingStates]
+    soft: PlacedVectors | None = None

@@ -17,7 +17,7 @@ from torch import nn
 
 from headspring.artifacts.errors import UserError
 from headspring.models import kernels
-from headspring.models.packed import PackedMatrix
+from headspring.models.kernels.packed import PackedMatrix
 
 Group = Literal["matrix", "embedding", "head", "vector"]
 
@@ -127,11 +127,13 @@ class Linear(PartModule):
 
     `std` 0 is for matrices whose output is added to the residual stream: by default they start as nothing. A model that is
     packed for serving multiplies by `packed` instead; `joined` is that of this matrix and those that are read with it.
+    `addition` is what an adapter adds to y, as a function of the same x (`lora`).
     """
 
     packed: PackedMatrix | None = None
     joined: PackedMatrix | None = None
     packed_version: int = 0  # of the weights that were packed
+    addition: Callable[[torch.Tensor], torch.Tensor] | None = None
     watcher: "ClassVar[Callable[[tuple[Linear, ...], torch.Tensor], object] | None]" = None  # is told of every product's input
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, std: float | None = None):
@@ -166,14 +168,34 @@ def linear(x: torch.Tensor, *parts: Linear) -> torch.Tensor:
     """x (..., I) times several matrices side by side, from one product where it can be: (..., Σ Oᵢ)."""
     if Linear.watcher is not None:
         Linear.watcher(parts, x)
+    y = _product(x, *parts)
+    for part in parts:
+        if part.addition is not None:
+            return _with_additions(y, x, parts)
+    return y
+
+
+def _with_additions(y: torch.Tensor, x: torch.Tensor, parts: tuple[Linear, ...]) -> torch.Tensor:
+    """In place: y is nobody else's yet."""
+    start = 0
+    for part in parts:
+        stop = start + part.weight.shape[0]
+        if part.addition is not None:
+            y[..., start:stop] += part.addition(x)
+        start = stop
+    return y
+
+
+def _product(x: torch.Tensor, *parts: Linear) -> torch.Tensor:
+    """`linear` without additions."""
     biases: list[torch.Tensor] = [part.bias for part in parts if part.bias is not None]
     if parts[0].packed is None:
         return kernels.linear(x, [part.weight for part in parts], biases)
     if torch.is_grad_enabled() and any(part.weight.requires_grad for part in parts):
         for part in parts:
             part.unpack()
-        return linear(x, *parts)
+        return _product(x, *parts)
     whole = parts[0].joined if len(parts) > 1 else parts[0].packed
     if whole is None:
-        return torch.cat([linear(x, part) for part in parts], dim=-1)
+        return torch.cat([_product(x, part) for part in parts], dim=-1)
     return kernels.product(x, whole, torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None)

@@ -17,7 +17,7 @@ import torch
 
 from headspring.models.context import Context
 from headspring.models.mixer import MixerModule
-from headspring.models.state import LayerState
+from headspring.models.state import LayerState, Memory
 
 PAGE = 32  # tokens; the products of attention go over keys in blocks of as many
 
@@ -27,14 +27,18 @@ class Ragged:
     """`counts[i]` tokens of sequence i stand in the row, and follow `past[i]` ones that its memory holds.
 
     `tables` gives, for each group of layers that forget alike (None: nothing; a number: what lies behind such a window), the
-    pages of every sequence in order, (S, pages) int32. `current` is the sequence that `each` is at, None in between.
+    pages of every sequence in order, (S, pages) int32. `memories` are what an encoder read for each, where there is one.
+    `current` is the sequence that `each` is at, None in between. `longest` is a bound on all lengths, for whoever may not know
+    them (a graph that is captured once, `inference.engine.graphs`).
     """
 
     past: Sequence[int]
     counts: Sequence[int]
     tables: Mapping[int | None, torch.Tensor] = field(default_factory=dict)
     device: torch.device | str = "cpu"
+    memories: Sequence[Memory] = ()
     current: int | None = None
+    longest: int | None = None
 
     @cached_property
     def spans(self) -> list[slice]:
@@ -65,6 +69,27 @@ class Ragged:
         """(N,) int64: the sequence of each token."""
         return torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts)).to(self.device)
 
+    def reach(self, rows: slice = slice(None)) -> int:
+        """Tokens of the longest of some sequences, those of the step included; `longest` where that is given."""
+        if self.longest is not None:
+            return self.longest
+        return max(past + count for past, count in zip(self.past[rows], self.counts[rows]))
+
+    def tiles(self, size: int) -> torch.Tensor:
+        """(M, 2) int32: the row cut into tiles of up to `size` tokens of one sequence each: its number, and the first token."""
+        if size not in self._tiles:
+            if all(count == 1 for count in self.counts):
+                own = torch.arange(len(self.counts), dtype=torch.int32, device=self.device)
+                self._tiles[size] = torch.stack([own, torch.zeros_like(own)], dim=1)
+            else:
+                cut = [(number, at) for number, count in enumerate(self.counts) for at in range(0, count, size)]
+                self._tiles[size] = torch.tensor(cut, dtype=torch.int32).to(self.device)
+        return self._tiles[size]
+
+    @cached_property
+    def _tiles(self) -> dict[int, torch.Tensor]:
+        return {}
+
     def slots(self, group: int | None) -> torch.Tensor:
         """(N,) int64: where each token's key goes, page · PAGE + place in the page."""
         if group not in self._slots:
@@ -80,7 +105,9 @@ class Ragged:
     @cached_property
     def contexts(self) -> list[Context]:
         """Each sequence's own context, as if it were alone."""
-        return [Context.of(count, past, None, None, self.positions.device) for past, count in zip(self.past, self.counts)]
+        read = [memory.hidden for memory in self.memories] or [None] * len(self.counts)
+        device = self.positions.device
+        return [Context.of(count, past, None, None, device, one) for past, count, one in zip(self.past, self.counts, read)]
 
     def alone(self) -> Iterator[tuple[int, slice, Context]]:
         """The sequences one after the other: number, place in the row, context. `current` follows."""

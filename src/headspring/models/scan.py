@@ -19,7 +19,7 @@ import math
 
 import torch
 
-from headspring.models import fused
+from headspring.models.kernels import installed
 
 BLOCK = 32  # tokens whose states are held at once
 
@@ -50,7 +50,7 @@ def selective_scan(
     `starts` (B, T) is True, memory starts anew. For `activations` of half precision a fused kernel may stand in.
     """
     if initial is None:
-        made = fused.selective_scan(x, step, a, b, c) if fused.applies(x, activations, starts) else None
+        made = installed.selective_scan(x, step, a, b, c) if installed.applies(x, activations, starts) else None
         if made is not None:
             return made
         initial = x.new_zeros(x.shape[0], *a.shape)

@@ -16,7 +16,7 @@ import torch
 from headspring.artifacts.errors import UserError
 from headspring.data.batch import IGNORE
 from headspring.models import kernels
-from headspring.models.packed import PackedMatrix, pack_bf16
+from headspring.models.kernels.packed import PackedMatrix, pack_bf16
 
 if TYPE_CHECKING:
     from headspring.models.model import ModelModule

@@ -109,7 +109,7 @@ class StackModule(ModelModule):
         time = tokens.shape[1]
         if isinstance(state, BatchState):
             context = state.ragged.context()
-            return self._run(tokens, context, state.layers, types)
+            return self._run(tokens, context, state.layers, types, None if state.soft is None else state.soft.place)
         if state is not None:
             if types is not None:
                 raise ValueError("types cannot be used with a state, which does not remember them")
@@ -206,7 +206,7 @@ class StackModule(ModelModule):
     def side_by_side(self) -> bool:
         """Whether it reads a row of several sequences, and pages or states of their own remember them."""
         blocks = list(self.blocks())
-        return self.config.causal and not any(block.mixes.by_length or block.cross is not None for block in blocks)
+        return self.config.causal and not any(block.mixes.by_length for block in blocks)
 
     def new_pages(self, count: int, dtype: torch.dtype | None = None) -> list[Pages | None]:
         """A pool of `count` pages for each layer that keeps keys and values in them; None for the others. `dtype`: int8, or

@@ -8,8 +8,10 @@ with the next call.
 Dense buffers come first; pages will replace the buffer, and the callers do not change.
 """
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -34,6 +36,10 @@ class LayerState(Protocol):
 
     def rewind_to(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
+        ...
+
+    def copy(self, capacity: int) -> "LayerState":
+        """The same memory as a state of its own, with room for `capacity` tokens; it goes back no further than this."""
         ...
 
     @property
@@ -83,6 +89,16 @@ class KeyValueState:
     def rewind_to(self, length: int) -> None:
         self.length = length
 
+    def copy(self, capacity: int) -> "KeyValueState":
+        other = copy.copy(self)
+        other.keys, other.values = (self._resized(buffer, capacity) for buffer in (self.keys, self.values))
+        return other
+
+    def _resized(self, buffer: torch.Tensor, capacity: int) -> torch.Tensor:
+        resized = buffer.new_zeros(*buffer.shape[:2], capacity, buffer.shape[3])
+        resized[:, :, : self.length] = buffer[:, :, : self.length]
+        return resized
+
     @property
     def bytes(self) -> int:
         return sum(buffer.numel() * buffer.element_size() for buffer in (self.keys, self.values))
@@ -119,6 +135,11 @@ class RecurrentState:
         while self.length > length:
             self.length, self.tensors = self._kept.pop()
         assert self.length == length
+
+    def copy(self, capacity: int) -> "RecurrentState":
+        other = RecurrentState(**self.tensors)  # the very same: they are replaced, never written into
+        other.length = self.length
+        return other
 
     @property
     def bytes(self) -> int:
@@ -177,9 +198,20 @@ class ReadingState:
     def rewind_to(self, length: int) -> None:
         self.own.rewind_to(length)
 
+    def copy(self, capacity: int) -> "ReadingState":
+        return ReadingState(self.own.copy(capacity), self.memory)  # which nobody writes to once it is read
+
     @property
     def bytes(self) -> int:
         return self.own.bytes + self.memory.bytes
+
+
+@dataclass
+class ReadingStates:
+    """The same for sequences side by side: `own` are pages that they share, or a state for each, `memory` one for each."""
+
+    own: Any
+    memory: Sequence[MemoryState]
 
 
 class State:

@@ -14,7 +14,7 @@ again as p = e^(s − L) and, with D = Σ g ⊙ y for the gradient g of the answ
 
 No more than one tile of the pattern exists at any time: memory grows with the sequence, operations with its square as before.
 It is a text to read and a reference to test; the calls that train are in `attend`, and the kernel for this machine's
-bfloat16 does the same in `native_attention.cpp`.
+bfloat16 does the same in `kernels/cpp/attention.cpp`.
 """
 
 import math

@@ -8,6 +8,8 @@ window for each window of tokens, and every call gives a view. A rewind that goe
 again from its start (`State.rewind`), which is right and slow; up to `SPARE` tokens are always free.
 """
 
+import copy
+
 import torch
 
 from headspring.models.context import Context, Visibility
@@ -79,6 +81,14 @@ class WindowState:
     def rewind_to(self, length: int) -> None:
         self.length = length
         self.base = min(self.base, length)  # 0 where nothing is left: a buffer begins with the row then
+
+    def copy(self, capacity: int) -> "WindowState":
+        other = copy.copy(self)
+        kept = self.recent[:, :, :, : self.length - self.base]
+        held = max(kept.shape[3], room(self.window, capacity))
+        other.recent = self.recent.new_zeros(*kept.shape[:3], held, kept.shape[4])
+        other.recent[:, :, :, : kept.shape[3]] = kept
+        return other
 
     @property
     def bytes(self) -> int:

@@ -17,7 +17,7 @@ def new_sequence(luck: random.Random) -> Sequence:
     """One that begins as many others do."""
     prompt = [luck.randrange(2) for _ in range(luck.randrange(3))] + [7] * luck.randrange(4 * PAGE) + [luck.randrange(3)]
     scope = luck.choice(SCOPES)
-    return Sequence(SimpleNamespace(scope=scope), SimpleNamespace(prompt=prompt, token_ids=[]), 0)
+    return Sequence(SimpleNamespace(scope=scope, contents=()), SimpleNamespace(prompt=prompt, token_ids=[]), 0)
 
 
 class Books:

@@ -10,7 +10,8 @@ from headspring.inference import LanguageModel
 from headspring.inference.engine import certificate as certificates
 from headspring.inference.engine.certificate import Check, certify, weights_digest
 from headspring.inference.engine.schedules import Schedule, play, requests
-from headspring.models import Attention, Block, Causal, SwiGLU, kernels, packed, scoring
+from headspring.models import Attention, Block, Causal, SwiGLU, kernels, scoring
+from headspring.models.kernels import packing
 from tests.inference.tiny import tiny_model
 
 SIZES = {"width": 64, "context": 192}
@@ -55,7 +56,7 @@ def test_it_holds(lm):
 
 
 def test_it_holds_for_quantized_weights(lm):
-    packed.pack_model(lm.model, "int8")
+    packing.pack_model(lm.model, "int8")
     certificate = certify(lm)
     if bitwise():
         assert certificate.holds, certificate.text()
@@ -92,10 +93,10 @@ def test_digest_sees_every_weight(lm):
             parameter.flatten()[0] = kept
     assert len(seen | {before}) == len(list(lm.model.parameters())) + 1
     assert weights_digest(lm.model) == before
-    packed.pack_model(lm.model, "bf16")
+    packing.pack_model(lm.model, "bf16")
     assert weights_digest(lm.model) == before  # a copy of the parameters
-    packed.unpack_model(lm.model)
-    packed.pack_model(lm.model, "int8")
+    packing.unpack_model(lm.model)
+    packing.pack_model(lm.model, "int8")
     assert weights_digest(lm.model) != before
 
 
@@ -188,7 +189,7 @@ def test_alone_is_what_a_trainer_scores(tokenizer):
 @pytest.mark.parametrize(("window", "kind"), [(None, "bf16"), (40, "int8")])
 def test_no_schedule_changes_a_bit(tokenizer, window, kind):
     lm = small(tokenizer, window=window)
-    packed.pack_model(lm.model, kind)
+    packing.pack_model(lm.model, kind)
     happened = through(lm, range(100))
     assert all(happened.values()), happened
 
@@ -199,5 +200,5 @@ def test_no_schedule_changes_a_bit(tokenizer, window, kind):
 @pytest.mark.parametrize("part", range(10))
 def test_ten_thousand_schedules_change_no_bit(tokenizer, part):
     lm = small(tokenizer, window=(None, 40)[part % 2])
-    packed.pack_model(lm.model, ("bf16", "int8")[part // 2 % 2])
+    packing.pack_model(lm.model, ("bf16", "int8")[part // 2 % 2])
     through(lm, range(1000 * (part + 1), 1000 * (part + 2)))

@@ -9,7 +9,7 @@ from headspring.inference.quantization.quantize import quantize
 from headspring.inference.quantization.rounding import round_int4, round_int8
 from headspring.inference.quantization.scheme import Quantization
 from headspring.models import kernels
-from headspring.models.packed import PackedMatrix, pack_bf16, pack_groups, pack_int8
+from headspring.models.kernels.packed import PackedMatrix, pack_bf16, pack_groups, pack_int8
 
 from ..tiny import tiny_model
 

@@ -14,6 +14,8 @@ twice, and an entry whose predecessor is gone cannot be reached. The first page'
 client's key, or another edit of the activations, is another root. Pages are given back last one first, so that beginnings live
 longest.
 
+Where layers have a state beside pages, a prefix ends at a page that has a snapshot of it (`snapshots`).
+
 Forks share all pages. The last one, which may have room, is copied by whoever writes to it while others hold it.
 
 This file knows numbers and no tensors: what is in the pages is the runner's.
@@ -24,9 +26,11 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
+from headspring.inference.engine.beside import Snapshot
 from headspring.inference.engine.sequence import Sequence
+from headspring.inference.engine.snapshots import Snapshots
+from headspring.models.ragged import PAGE
 
-PAGE = 32  # tokens
 GONE = -1  # in a table: the window has passed this page
 
 
@@ -95,23 +99,25 @@ class Pool:
                 self.free.append(page)
 
 
-Key = tuple[Hashable, tuple[int, ...]]  # what comes before a page, and its tokens
+Key = tuple[Hashable, tuple[Hashable, ...]]  # what comes before a page, and its tokens
 
 
 @dataclass(slots=True)
 class Node:
-    """A full page of the index: its pages by group, some of which may be gone."""
+    """A full page of the index, `end` tokens after the beginning: its pages by group, some of which may be gone."""
 
     serial: int
     key: Key
+    end: int
     pages: list[int]
+    snapshot: Snapshot | None = None
 
 
 class Cache:
-    """The books of all pages."""
+    """The books of all pages; of snapshots too, where prefixes need them."""
 
-    def __init__(self, groups: list[Group], sharing: bool = True):
-        self.groups, self.sharing = groups, sharing
+    def __init__(self, groups: list[Group], sharing: bool = True, snapshots: Snapshots | None = None):
+        self.groups, self.sharing, self.snapshots = groups, sharing, snapshots
         self.pools = [Pool(group.num_pages) for group in groups]
         self.index: dict[Key, Node] = {}
         self.serial = 0
@@ -161,6 +167,8 @@ class Cache:
         page, lost = self.pools[number].take(number)
         if lost is not None and all(page == GONE for page in lost.pages):
             del self.index[lost.key]
+            if self.snapshots is not None:
+                self.snapshots.drop(lost)
         return page
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -176,15 +184,18 @@ class Cache:
                     pool.hold(page)
 
     def shorten(self, sequence: Sequence, length: int) -> None:
-        """Forget what was computed after the first `length` tokens."""
+        """Forget what was computed after the first `length` tokens. Pages that others may read are not written to again: one
+        that goes back further than its last full page gives everything back."""
+        if length < len(sequence.nodes) * PAGE:
+            return self.release(sequence)
         self._drop_after(sequence, math.ceil(length / PAGE))
         sequence.computed = length
-        assert len(sequence.nodes) * PAGE <= length, "a page that others may read would be written to"
 
     def release(self, sequence: Sequence) -> None:
         """Give everything back."""
         self._drop_after(sequence, 0)
-        sequence.tables, sequence.nodes, sequence.computed, sequence.state = [], [], 0, None
+        sequence.tables, sequence.nodes, sequence.computed = [], [], 0
+        sequence.state = sequence.snapshot = None
 
     def _drop_after(self, sequence: Sequence, kept: int) -> None:
         for pool, table in zip(self.pools, sequence.tables, strict=False):
@@ -201,10 +212,14 @@ class Cache:
         if not self.sharing or not self.index:
             return
         found = self._known(sequence)
-        while found and not all(self._covers(found, number) for number in range(len(self.groups))):
+        sequence.stops.add(len(found) * PAGE)  # where it leaves what is known, others may too
+        while found and not self._goes_on(found):
             found.pop()
         if not found:
             return
+        if self.snapshots is not None:
+            self.snapshots.use(found[-1])
+            sequence.snapshot = found[-1].snapshot
         sequence.tables = [[node.pages[number] for node in found] for number in range(len(self.groups))]
         sequence.nodes = [node.serial for node in found]
         sequence.computed = len(found) * PAGE
@@ -219,12 +234,17 @@ class Cache:
         found: list[Node] = []
         before: Hashable = sequence.job.scope
         for start in range(0, len(sequence.tokens) - PAGE, PAGE):
-            node = self.index.get((before, tuple(sequence.tokens[start : start + PAGE])))
+            node = self.index.get((before, sequence.contents(start, start + PAGE)))
             if node is None:
                 break
             found.append(node)
             before = node.serial
         return found
+
+    def _goes_on(self, found: list[Node]) -> bool:
+        """Whether all is there that a token after these nodes needs."""
+        folded = self.snapshots is not None and found[-1].snapshot is None
+        return not folded and all(self._covers(found, number) for number in range(len(self.groups)))
 
     def _covers(self, found: list[Node], number: int) -> bool:
         """Whether a group still has the pages that a token after these nodes looks at."""
@@ -236,33 +256,42 @@ class Cache:
         """Pages at the beginning that no token from place `computed` on looks at."""
         return 0 if group.window is None else max(0, computed - group.window + 1) // PAGE
 
+    def until_stop(self, sequence: Sequence, count: int) -> int:
+        """Of `count` tokens to be computed, those up to where a snapshot should be kept."""
+        if self.snapshots is None:
+            return count
+        return min([count, *(stop - sequence.computed for stop in sequence.stops if stop > sequence.computed)])
+
     def settle(self, sequence: Sequence) -> None:
         """After a step: enter pages that have become full into the index, and drop those that windows have passed."""
-        if self.sharing:
-            while (len(sequence.nodes) + 1) * PAGE <= sequence.computed:
-                self._enter(sequence)
-        for number, group in enumerate(self.groups):
-            table = sequence.tables[number]
+        node = None
+        while self.sharing and (len(sequence.nodes) + 1) * PAGE <= sequence.computed:
+            node = self._enter(sequence)
+        if node is not None and self.snapshots is not None and sequence.computed in sequence.stops & {node.end}:
+            self.snapshots.keep(node, sequence)
+        for number, (group, table) in enumerate(zip(self.groups, sequence.tables, strict=False)):
             for place in range(self._passed(group, sequence.computed) - 1, -1, -1):
                 if table[place] == GONE:
                     break  # and so are those before it
                 self.pools[number].release(table[place])
                 table[place] = GONE
 
-    def _enter(self, sequence: Sequence) -> None:
+    def _enter(self, sequence: Sequence) -> Node:
         place = len(sequence.nodes)
         before: Hashable = sequence.nodes[-1] if place else sequence.job.scope
-        key = before, tuple(sequence.tokens[place * PAGE : (place + 1) * PAGE])
+        end = (place + 1) * PAGE
+        key = before, sequence.contents(end - PAGE, end)
         node = self.index.get(key)
         if node is None:
             self.serial += 1
-            node = self.index[key] = Node(self.serial, key, [GONE] * len(self.groups))
+            node = self.index[key] = Node(self.serial, key, end, [GONE] * len(self.groups))
         for number, pool in enumerate(self.pools):
             page = sequence.tables[number][place]
             if node.pages[number] == GONE and page != GONE and page not in pool.nodes:
                 node.pages[number] = page  # else somebody computed the same at the same time, and this copy stays unknown
                 pool.nodes[page] = node
         sequence.nodes.append(node.serial)
+        return node
 
     # ---- accounts
 
@@ -290,7 +319,10 @@ class Cache:
             assert all(page in pool.nodes for page in pool.cached) and not any(page in pool.nodes for page in pool.free)
             for page, node in pool.nodes.items():
                 assert node.pages[number] == page and self.index[node.key] is node
+        if self.snapshots is not None:
+            self.snapshots.check(self.index)
         for sequence in sequences:
+            assert sequence.snapshot is None or sequence.snapshot.length == sequence.computed, "it begins from another place"
             assert 0 <= sequence.computed <= len(sequence.tokens)
             assert all(len(table) == math.ceil(sequence.computed / PAGE) for table in sequence.tables) or sequence.running
             assert len(sequence.nodes) * PAGE <= sequence.computed

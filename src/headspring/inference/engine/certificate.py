@@ -31,7 +31,8 @@ from headspring.artifacts.files import write_json
 from headspring.inference.engine.schedules import Asked, Schedule, play, requests, threads
 from headspring.inference.generation import Generation
 from headspring.inference.language_model import LanguageModel
-from headspring.models import kernels, native, scoring
+from headspring.models import kernels, scoring
+from headspring.models.kernels import native
 from headspring.models.model import ModelModule
 
 REVISION = 2  # of what is checked

@@ -34,12 +34,13 @@ from headspring.inference.engine.job import Job, Outcome, Update
 from headspring.inference.engine.runner import Runner, runner_for
 from headspring.inference.engine.scheduler import Scheduler
 from headspring.inference.engine.sequence import Sequence, Work
+from headspring.inference.engine.snapshots import Snapshots
 from headspring.inference.engine.submission import check_soft, checked_prompt, require_causal
 from headspring.inference.inspection import Inspection, Probe
 from headspring.inference.sampling_params import SamplingParams
 from headspring.inference.speculation import Speculator
+from headspring.models.kernels.packing import pack_for_serving
 from headspring.models.model import ModelModule
-from headspring.models.packed import pack_for_serving
 from headspring.tokenization.tokenizer import Tokenizer
 
 
@@ -81,7 +82,9 @@ class Engine:
         require_causal(model.config)
         pack_for_serving(model)
         self.runner = runner or runner_for(model, self.config)
-        self.cache = Cache(self.runner.groups, self.runner.shares and self.config.prefix_sharing)
+        sharing, room = self.runner.shares and self.config.prefix_sharing, self.runner.snapshot_bytes
+        snapshots = Snapshots(self.runner.snapshot, room) if sharing and room else None
+        self.cache = Cache(self.runner.groups, sharing, snapshots)
         self.scheduler = Scheduler(self.cache, self.config.max_sequences, self.config.chunk)
         self.context = min(model.config.context, self.config.context or model.config.context)
         self.answering = Answering(self)
@@ -120,7 +123,7 @@ class Engine:
         job.priority = priority
         if timeout is not None:
             heappush(self.deadlines, (self.clock() + timeout, job.number))
-        job.scope = key, "" if job.probe is None else job.probe.key
+        job.scope = key, "" if job.probe is None else job.probe.key, tuple(job.source)
         self.counts["submitted"] += 1
         self.jobs[job.number] = job
         self.scheduler.add(job.sequences[0])
@@ -151,6 +154,7 @@ class Engine:
                 )
         if soft is not None:
             check_soft(self.model, soft, tokens)
+            job.contents, job.columns = soft.contents(tokens), soft.columns(tokens)
         if edits is not None:
             sequence.probe = job.probe = Probe.of(self.model, edits, len(tokens), new)
         return job

@@ -7,14 +7,15 @@ A job that cannot be taken at all ("rejected") never becomes one: `Engine.submit
 `Job.end`, and nothing but the engine calls that.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from headspring.inference.generation import Generation, Request
 from headspring.inference.inspection import Probe, Seen
 from headspring.inference.sampling_params import SamplingParams
+from headspring.models.soft_tokens import SoftTokens
 
 if TYPE_CHECKING:
     from headspring.inference.engine.beams import Search
@@ -40,8 +41,9 @@ class Update:
 
 @dataclass(eq=False)
 class Job:
-    """`number` counts arrivals. `source` is what an encoder reads and `soft` what towers saw; `scope` is what a prefix must
-    have in common, beside its tokens, to be shared: the client's key and the description of its edits.
+    """`number` counts arrivals. `source` is what an encoder reads and `soft` what towers saw. A prefix is shared by jobs of
+    equal `contents` (where towers saw something, what stands at each token of the prompt) and equal `scope`: the client's key,
+    the description of its edits, and the source.
 
     Once it has `finished` as "finished": `generations`; `seen`, what each answer's inspection saw, by its number; and, where
     asked for, `prompt_logprobs` (natural, of every token of the prompt but the first) and `prompt_tops`. Once it has failed:
@@ -51,9 +53,11 @@ class Job:
     prompt: list[int]
     params: SamplingParams
     source: Rows[int] = ()
-    soft: Any = None
+    soft: SoftTokens | None = None
+    contents: Rows[Hashable] = ()
+    columns: Rows[int] = ()  # which of the soft vectors stands at each token of the prompt; -1 where the token itself does
     priority: int = 0
-    scope: tuple[str, str] = ("", "")
+    scope: Hashable = ("", "", ())
     probe: Probe | None = None
     notify: Callable[[Update], None] | None = None
     requests: list[Request] = field(default_factory=list)  # one an answer

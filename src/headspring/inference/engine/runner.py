@@ -8,34 +8,40 @@ its memory too.
 import copy
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
-from typing import Protocol
+from contextlib import suppress
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from headspring.artifacts import UserError
+from headspring.inference.engine.beside import Beside, Snapshot
 from headspring.inference.engine.cache import GONE, PAGE, Copy, Group
 from headspring.inference.engine.config import EngineConfig, default_memory
 from headspring.inference.engine.sequence import Sequence, Work
 from headspring.inference.inspection import watching
 from headspring.models.around import AroundModule
 from headspring.models.early_exit import stack_of
-from headspring.models.heads import HeadedModule
+from headspring.models.encoder_decoder import EncoderDecoderModule
 from headspring.models.model import ModelModule
-from headspring.models.paged import BatchState, Pages
+from headspring.models.paged import BatchState
 from headspring.models.ragged import Ragged
+from headspring.models.soft_tokens import PlacedVectors
 from headspring.models.stack import StackModule
-from headspring.models.state import LayerState, State
+from headspring.models.state import Memory, MemoryState, ReadingStates, State
 
 SPARE = 8  # pages by which a table grows at once
+SNAPSHOT_SHARE = 8  # one part in so many of the memory is for snapshots, where layers have states without pages
 
 
 class Runner(Protocol):
-    """What the engine asks of one: `groups` of layers with their pages, and `shares`: whether known prefixes can be read."""
+    """What the engine asks of one: `groups` of layers with their pages; `shares`: whether known prefixes can be read, and for
+    that `snapshot_bytes`, the room for snapshots of what is remembered beside pages; 0 where that is nothing."""
 
     groups: list[Group]
     shares: bool
+    snapshot_bytes: int
 
     def copy(self, copies: Rows[Copy]) -> None:
         """Make copies of pages, in this order."""
@@ -53,11 +59,16 @@ class Runner(Protocol):
         """Forget what is remembered after `length` tokens; how many are left, fewer where it cannot go back to just there."""
         ...
 
+    def snapshot(self, sequence: Sequence) -> Snapshot:
+        """What is remembered beside pages after the tokens computed so far, for others to begin with."""
+        ...
+
 
 class PlainRunner:
     """Any model, one sequence at a time."""
 
     shares = False
+    snapshot_bytes = 0
 
     def __init__(self, model: ModelModule, config: EngineConfig):
         if config.cache_dtype != "auto":
@@ -97,26 +108,34 @@ class PlainRunner:
         state.rewind(state.length - length)
         return length
 
+    def snapshot(self, sequence: Sequence) -> Snapshot:
+        raise NotImplementedError("it shares nothing")
+
 
 class RaggedRunner:
     """A causal stack: all sequences of a step side by side in one row (`models.ragged`). A layer without pages has a state for
-    each sequence; prefixes are then not shared, because such a state cannot be had as it was somewhere in between."""
+    each sequence (`beside`). What towers saw stands in the row; what an encoder read is made when a sequence begins."""
+
+    shares = True
 
     def __init__(self, model: ModelModule, config: EngineConfig):
-        self.model, self.stack = model, stack_of(model)
+        self.model, self.stack = model, writing_stack(model)
         _compute_alike(model)
         stored = torch.int8 if config.cache_dtype == "int8" else None
         mixers = [block.mixes for block in self.stack.blocks()]
         kind = self.stack.compute_dtype, model.device, stored
         samples = [mixer.new_pages(1, *kind) for mixer in mixers]
-        self.shares = None not in samples
+        self.crosses = [layer for layer, block in enumerate(self.stack.blocks()) if block.cross is not None]
+        self.remembers = None in samples or bool(self.crosses)
+        folds = None in samples and config.prefix_sharing
+        self.snapshot_bytes = memory_of(config, model) // SNAPSHOT_SHARE if folds else 0
         sizes: dict[int | None, int] = {}
         for pages in samples:
             if pages is not None:
                 sizes[pages.group] = sizes.get(pages.group, 0) + pages.bytes_per_page
         if stored is not None and not sizes:
             raise UserError("cache_dtype='int8': no layer of this model keeps keys and values in pages; leave it out")
-        self.groups = groups_in(config, model, sizes or {None: 0})
+        self.groups = groups_in(config, model, sizes or {None: 0}, self.snapshot_bytes)
         counts = {group.window: group.num_pages for group in self.groups}
         self.layers = [
             None if sample is None else mixer.new_pages(counts[sample.group], *kind) for mixer, sample in zip(mixers, samples)
@@ -136,45 +155,57 @@ class RaggedRunner:
             for number, group in enumerate(self.groups)
         }
         counts = [one.count for one in work]
-        ragged = Ragged([sequence.computed for sequence in sequences], counts, tables, device)
+        layers, memories = self._memory(sequences)
+        ragged = Ragged([sequence.computed for sequence in sequences], counts, tables, device, memories)
         tokens = torch.tensor([[token for one in work for token in one.tokens]], device=device)
         _compute_alike(self.model)
         with watching(self.model, ragged, [sequence.probe for sequence in sequences]):
-            hidden = self.stack(tokens, state=BatchState(ragged, self._memory(sequences)))[0]
+            hidden = self.stack(tokens, state=BatchState(ragged, layers, seen_by_towers(work, ragged)))[0]
         if all(one.rows == one.count for one in work):
             return hidden
         return torch.cat([hidden[span.stop - one.rows : span.stop] for one, span in zip(work, ragged.spans)])
 
-    def _memory(self, sequences: Rows[Sequence]) -> Rows[Pages | list[LayerState]]:
-        """What each layer remembers of these sequences."""
-        if self.shares:
-            return self.layers  # type: ignore[return-value]
-        for sequence in sequences:
-            if sequence.state is None:
-                sequence.state = self._new_states(len(sequence.request.prompt) + sequence.request.new_tokens)
-        return [
-            [sequence.state[layer] for sequence in sequences] if pages is None else pages
-            for layer, pages in enumerate(self.layers)
+    def _memory(self, sequences: Rows[Sequence]) -> tuple[Rows[Any], Rows[Memory]]:
+        """What each layer remembers of these sequences, and what an encoder read for each."""
+        if not self.remembers:
+            return self.layers, ()
+        beside = [self._beside(sequence) for sequence in sequences]
+        layers: list[Any] = [
+            [one.layers[layer] for one in beside] if pages is None else pages for layer, pages in enumerate(self.layers)
         ]
+        for layer in self.crosses:
+            layers[layer] = ReadingStates(layers[layer], [one.read[layer] for one in beside])
+        return layers, [one.memory for one in beside if one.memory is not None]
 
-    def _new_states(self, capacity: int) -> dict[int, LayerState]:
+    def _beside(self, sequence: Sequence) -> Beside:
+        """What a sequence remembers beside pages; made where it begins, from a snapshot if it begins with a known prefix."""
+        if sequence.state is None:
+            capacity = len(sequence.request.prompt) + sequence.request.new_tokens
+            snapshot, sequence.snapshot = sequence.snapshot, None
+            sequence.state = self._new_states(capacity) if snapshot is None else Beside.resumed(snapshot, capacity)
+            if isinstance(self.model, EncoderDecoderModule):
+                source = torch.tensor([list(sequence.job.source)], device=self.model.device)
+                sequence.state.memory = self.model.encode(source)
+                sequence.state.read = {layer: MemoryState() for layer in self.crosses}
+        return sequence.state
+
+    def _new_states(self, capacity: int) -> Beside:
         """Empty states of the layers without pages."""
         kind = self.stack.compute_dtype, self.model.device
-        blocks = enumerate(self.stack.blocks())
-        return {layer: block.new_state(1, capacity, *kind) for layer, block in blocks if self.layers[layer] is None}
+        alone = ((layer, block) for layer, block in enumerate(self.stack.blocks()) if self.layers[layer] is None)
+        return Beside({layer: block.mixes.new_state(1, capacity, *kind) for layer, block in alone})
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        child.state = copy.deepcopy(parent.state)
+        child.state = None if parent.state is None else parent.state.fork()
 
     def boundary(self, sequence: Sequence, length: int) -> int:
-        states = list(sequence.state.values())
-        while length and any(state.last_boundary(length) != length for state in states):
-            length = min(state.last_boundary(length) for state in states)
+        length = sequence.state.rewind(length)
         if length == 0:
             sequence.state = None
-        for state in states if length else ():
-            state.rewind_to(min(length, state.length))
         return length
+
+    def snapshot(self, sequence: Sequence) -> Snapshot:
+        return sequence.state.snapshot(sequence.computed)
 
 
 class Tables:
@@ -197,13 +228,33 @@ class Tables:
         return torch.from_numpy(self.numbers).to(device)
 
 
-def groups_in(config: EngineConfig, model: ModelModule, sizes: Mapping[int | None, int]) -> list[Group]:
+def seen_by_towers(work: Rows[Work], ragged: Ragged) -> PlacedVectors | None:
+    """The vectors that stand in the row of a step in the place of placeholders; None without any. What a model writes itself is
+    text: placeholders count in prompts only."""
+    places, vectors = [], []
+    for one, span in zip(work, ragged.spans, strict=True):
+        job, start = one.sequence.job, one.sequence.computed
+        if job.soft is None or start >= len(job.prompt):
+            continue
+        here = [(place, column) for place, column in enumerate(job.columns[start : start + one.count]) if column >= 0]
+        places += [span.start + place for place, _ in here]
+        vectors.append(job.soft.hidden[0, [column for _, column in here]])
+    return PlacedVectors(torch.tensor(places, device=ragged.device), torch.cat(vectors)) if places else None
+
+
+def memory_of(config: EngineConfig, model: ModelModule) -> int:
+    """Bytes for pages and snapshots."""
+    return config.memory or default_memory(model.device)
+
+
+def groups_in(config: EngineConfig, model: ModelModule, sizes: Mapping[int | None, int], beside: int = 0) -> list[Group]:
     """Pages for each group of layers, whose page has `sizes` bytes: so many that as many whole sequences as possible fit into
-    the memory, and no more than can be used at once. Raises `UserError` where not even one page of each fits."""
+    the memory, less what is kept `beside` them, and no more than can be used at once. Raises `UserError` where not even one
+    page of each fits."""
     context = min(model.config.context, config.context or model.config.context)
     most = {window: Group(window, 0).most_pages(context, config.chunk) for window in sizes}
     bytes_each = sum(size * most[window] * (1 if window is None else 2) for window, size in sizes.items())
-    memory = config.memory or default_memory(model.device)
+    memory = memory_of(config, model) - beside
     share = config.max_sequences if bytes_each == 0 else min(config.max_sequences, memory / bytes_each)
     if config.memory is None:
         share = max(share, 1)  # nobody set a limit: whatever the model is made for can be asked
@@ -216,13 +267,19 @@ def groups_in(config: EngineConfig, model: ModelModule, sizes: Mapping[int | Non
 
 def _compute_alike(model: ModelModule) -> None:
     """What is set for a model holds for the one inside."""
-    if isinstance(model, AroundModule):
+    if isinstance(model, AroundModule | EncoderDecoderModule):
         model.compute_alike()
 
 
+def writing_stack(model: ModelModule) -> StackModule:
+    """The stack that writes: that of a decoder, or the one with towers, heads or an encoder beside it. Raises `ValueError`
+    where there is none."""
+    return model.decoder if isinstance(model, EncoderDecoderModule) else stack_of(model)
+
+
 def runner_for(model: ModelModule, config: EngineConfig) -> Runner:
-    """The fastest runner that a model has: towers, encoders and tables of n-grams run whole."""
-    inner = model.body if isinstance(model, HeadedModule) else model
-    if isinstance(inner, StackModule) and inner.side_by_side:
-        return RaggedRunner(model, config)
+    """The fastest runner that a model has: tables of n-grams, and stacks that read longer texts in another way, run whole."""
+    with suppress(ValueError):
+        if writing_stack(model).side_by_side:
+            return RaggedRunner(model, config)
     return PlainRunner(model, config)

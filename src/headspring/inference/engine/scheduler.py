@@ -76,7 +76,7 @@ class Scheduler:
 
     def _continue(self, sequence: Sequence) -> None:
         """Give a running sequence its tokens, at the cost of those behind it where pages lack."""
-        count = min(sequence.uncomputed, self.budget)
+        count = self.cache.until_stop(sequence, min(sequence.uncomputed, self.budget))
         while count and not self._give(sequence, count):
             last = self.running[-1]
             self.preempt(last)
@@ -112,7 +112,7 @@ class Scheduler:
                 continue
             self.waiting.remove(sequence)
             self._start(sequence)
-            given = self._give(sequence, min(sequence.uncomputed, self.budget))
+            given = self._give(sequence, self.cache.until_stop(sequence, min(sequence.uncomputed, self.budget)))
             assert given
 
     def _fits(self, sequence: Sequence) -> bool:

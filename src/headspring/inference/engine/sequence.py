@@ -6,20 +6,24 @@
 Whether it is being read (many tokens uncomputed) or written (one) is no state of its own: both follow from two numbers.
 """
 
+from collections.abc import Hashable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from headspring.inference.engine.beside import Snapshot
 from headspring.inference.engine.job import Job
 from headspring.inference.generation import Request
 from headspring.inference.inspection import Probe
+from headspring.models.ragged import PAGE
 
 
 class Sequence:
     """`tables` are its pages, one list for each group of layers, and `nodes` the serial numbers of its full pages in the index
-    of prefixes. `state` is what a runner remembers of it beside pages. `row` (V,) are logits that wait for those of its
+    of prefixes. `state` is what a runner remembers of it beside pages, `snapshot` what it begins from where a prefix was known,
+    and `stops` where a snapshot should be kept of what it computes. `row` (V,) are logits that wait for those of its
     siblings (beam search), `proposals` tokens guessed to come next, `probe` what looks at its activations."""
 
     __slots__ = (
@@ -32,7 +36,9 @@ class Sequence:
         "request",
         "row",
         "running",
+        "snapshot",
         "state",
+        "stops",
         "tables",
         "tokens",
     )
@@ -44,10 +50,17 @@ class Sequence:
         self.tables: list[list[int]] = []
         self.nodes: list[int] = []
         self.state: Any = None
+        self.snapshot: Snapshot | None = None
+        self.stops = {(len(request.prompt) - 1) // PAGE * PAGE}  # the last token is always read
         self.row: Tensor | None = None
         self.proposals: list[int] = []
         self.probe: Probe | None = None
         self.running = False
+
+    def contents(self, start: int, stop: int) -> tuple[Hashable, ...]:
+        """What stands at these places: tokens, or digests of what towers saw."""
+        seen = self.job.contents
+        return (*seen[start:stop], *self.tokens[max(start, len(seen)) : stop])
 
     @property
     def uncomputed(self) -> int:

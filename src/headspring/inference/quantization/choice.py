@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 from headspring.artifacts.files import read_json, write_json
-from headspring.models import kernels, native
+from headspring.models import kernels
+from headspring.models.kernels import native
+from headspring.models.kernels.packed import PackedMatrix, product_plain
 from headspring.models.model import ModelModule
-from headspring.models.packed import PackedMatrix, product_plain
 
 FILE = "products.json"
 BATCHES = (1, 3, 8, 33)

@@ -24,8 +24,8 @@ from headspring.artifacts.errors import CorruptArtifact
 from headspring.artifacts.files import read_json, write_atomic, write_json
 from headspring.inference.quantization.installing import install, installed
 from headspring.models.folder import CONFIG, WEIGHTS
+from headspring.models.kernels.packed import GROUP_SIZES
 from headspring.models.model import Model, ModelModule
-from headspring.models.packed import GROUP_SIZES
 from headspring.models.quantized import SIGNED, QuantizedMatrix
 
 FORMAT = "headspring-quantized"

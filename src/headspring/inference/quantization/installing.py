@@ -10,8 +10,9 @@ import torch
 
 from headspring.inference.quantization.targets import output_of
 from headspring.models.embedding import Table
+from headspring.models.kernels.packed import PackedMatrix, pack_groups, pack_int8
+from headspring.models.kernels.packing import join_parts, release_weights, unpack_model
 from headspring.models.model import ModelModule
-from headspring.models.packed import PackedMatrix, join_parts, pack_groups, pack_int8, release_weights, unpack_model
 from headspring.models.part import Linear
 from headspring.models.quantized import QuantizedMatrix
 

@@ -22,8 +22,8 @@ from headspring.inference.quantization.quantize import Matrices, quantize
 from headspring.inference.quantization.scheme import Quantization
 from headspring.models import kernels
 from headspring.models.dialects.gguf import read_gguf
+from headspring.models.kernels.packed import pack_bf16
 from headspring.models.model import ModelModule
-from headspring.models.packed import pack_bf16
 from headspring.tokenization.tokenizer import Tokenizer
 
 ACTIVATIONS = torch.bfloat16

@@ -22,8 +22,8 @@ from headspring.inference.engine.job import Job
 from headspring.inference.engine.runner import runner_for
 from headspring.inference.engine.sequence import Sequence, Work
 from headspring.inference.generation import Request
+from headspring.models.kernels.packing import pack_for_serving
 from headspring.models.model import ModelModule
-from headspring.models.packed import pack_for_serving
 from headspring.models.state import SNAPSHOTS
 
 CHUNK = 512  # tokens of a text that are read at a time

@@ -1,12 +1,15 @@
 """The few element-wise steps of a block that cost more than its matrix products on a CPU, each as one operator.
 
 Every operator has a plain version in torch, which is its definition and its reference in the tests. Where the system has
-a C++ compiler, `native.cpp` is built once (a few seconds, cached by source and processor) and used for float32 and bfloat16
-tensors on the CPU; elsewhere, and under `torch.compile` (which fuses the plain text itself), the plain version runs.
+a C++ compiler, the sources in `cpp/` are built once (a few seconds, cached by source and processor) and used for float32 and
+bfloat16 tensors on the CPU; elsewhere, and under `torch.compile` (which fuses the plain text itself), the plain version runs.
 Both keep statistics in float32 and round once at the end. What this gives up: one more file, and a last-bit difference
 between the two kernel sets, which is why `numerics_id()` names the one in use.
 """
 
+import functools
+import importlib
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,11 +17,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from headspring.artifacts.errors import UserError
-from headspring.models import native
-from headspring.models import packed as packing
-from headspring.models.packed import PackedMatrix
+from headspring.models.kernels import differentiable, native
+from headspring.models.kernels.packed import Kind, PackedMatrix, pack_bf16, product_plain
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from headspring.models.paged import Pages
     from headspring.models.ragged import Ragged
 
@@ -50,7 +54,7 @@ def use_native(x: torch.Tensor) -> bool:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """x / sqrt(mean(x²) + epsilon) · weight over the last dimension, in float32, returned in the dtype of `x`."""
     if use_native(x):
-        return _RMSNorm.apply(x, weight, epsilon)
+        return differentiable.RMSNormFunction.apply(x, weight, epsilon)
     return rms_norm_plain(x, weight, epsilon)
 
 
@@ -68,7 +72,7 @@ def add_rms_norm(
     As one operator, because both gradients then meet in one pass.
     """
     if use_native(x):
-        return _AddRMSNorm.apply(x, y, weight, epsilon)
+        return differentiable.AddRMSNormFunction.apply(x, y, weight, epsilon)
     total = x if y is None else x + y
     return total, rms_norm_plain(total, weight, epsilon)
 
@@ -76,14 +80,14 @@ def add_rms_norm(
 def silu_multiply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) ⊙ up, in float32, returned in the dtype of `gate`."""
     if use_native(gate):
-        return _SiluMultiply.apply(gate, up)
+        return differentiable.SiluMultiplyFunction.apply(gate, up)
     return silu_multiply_plain(gate, up)
 
 
 def silu_multiply_halves(both: torch.Tensor) -> torch.Tensor:
     """`silu_multiply` of the halves (gate, up) of one product (..., 2F) → (..., F)."""
     if use_native(both):
-        return _SiluMultiplyHalves.apply(both)
+        return differentiable.SiluMultiplyHalvesFunction.apply(both)
     return silu_multiply_plain(*both.chunk(2, dim=-1))
 
 
@@ -95,7 +99,7 @@ def silu_multiply_plain(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the channel pairs (c, c + C/2) of x (B, T, H, C) by the angles of cos and sin (B or 1, T, C/2) float32."""
     if use_native(x):
-        return _Rotate.apply(x, cos, sin)
+        return differentiable.RotateFunction.apply(x, cos, sin)
     return rotate_plain(x, cos, sin)
 
 
@@ -119,7 +123,9 @@ def place_heads(
     cosines and sines of `rotation`, where these are given.
     """
     if use_native(mixed):
-        return _PlaceHeads.apply(mixed, heads, *(gains or (None, None)), *(rotation or (None, None)), epsilon)
+        return differentiable.PlaceHeadsFunction.apply(
+            mixed, heads, *(gains or (None, None)), *(rotation or (None, None)), epsilon
+        )
     return place_heads_plain(mixed, heads, gains, rotation, epsilon)
 
 
@@ -142,7 +148,7 @@ def linear(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[to
     """
     if multiplies_natively(x):
         learns = torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights))
-        y = _Linear.apply(x, *weights) if learns else product(x, packing.pack_bf16(_narrow(x, weights)))
+        y = differentiable.LinearFunction.apply(x, *weights) if learns else product(x, pack_bf16(narrow(x, weights)))
     else:
         y = _joined([torch.nn.functional.linear(x, weight.to(x.dtype)) for weight in weights], dim=-1)
     return y + _joined([bias.to(x.dtype) for bias in biases], dim=0) if biases else y
@@ -169,19 +175,19 @@ def product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None = N
     operators = _multiplier(x, packed.kind)
     if operators is not None:
         return operators.packed_product(x, packed, bias)
-    y = packing.product_plain(x.reshape(-1, x.shape[-1]), packed).view(*x.shape[:-1], packed.shape[0])
+    y = product_plain(x.reshape(-1, x.shape[-1]), packed).view(*x.shape[:-1], packed.shape[0])
     return y if bias is None else y + bias
 
 
-rejected_kinds: set[packing.Kind] = set()  # native products that failed their test here (inference/quantization/choice.py)
+rejected_kinds: set[Kind] = set()  # native products that failed their test here (inference/quantization/choice.py)
 
 
-def multiplies_natively(x: torch.Tensor, kind: packing.Kind = "bf16") -> bool:
+def multiplies_natively(x: torch.Tensor, kind: Kind = "bf16") -> bool:
     """Whether native products with matrices of this kind apply to a tensor like `x`."""
     return _multiplier(x, kind) is not None
 
 
-def _multiplier(x: torch.Tensor, kind: packing.Kind) -> native.Library | None:
+def _multiplier(x: torch.Tensor, kind: Kind) -> native.Library | None:
     fits = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and kind != "bf16")
     if not fits or kind in rejected_kinds or x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
@@ -189,7 +195,7 @@ def _multiplier(x: torch.Tensor, kind: packing.Kind) -> native.Library | None:
     return found if found is not None and found.has_packed_products else None
 
 
-def _narrow(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+def narrow(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """The weights in the dtype of `x`, one after the other: (Σ Oᵢ, I)."""
     if len(weights) == 1 and weights[0].dtype == x.dtype:
         return weights[0].detach()
@@ -232,7 +238,7 @@ def causal_attention(
     itself), every document gets the bits that it has alone.
     """
     if attends_natively(q, v):
-        return _CausalAttention.apply(q, k, v, first, origin)
+        return differentiable.CausalAttentionFunction.apply(q, k, v, first, origin)
     return causal_attention_plain(q, k, v, first)
 
 
@@ -257,6 +263,8 @@ def write_pages(k: torch.Tensor, v: torch.Tensor, pages: "Pages", slots: torch.T
     """Store keys and values (N, K, C) at `slots` (N,) int64 (page · 32 + place in it) of a layer's pages."""
     if pages_natively(k, pages):
         built().write_pages(k, v, pages, slots)
+    elif (on_gpu := pages_on_gpu(k)) is not None:
+        on_gpu.write(k, v, pages.tensors, slots)
     else:
         pages.store(k, v, slots)
 
@@ -264,6 +272,20 @@ def write_pages(k: torch.Tensor, v: torch.Tensor, pages: "Pages", slots: torch.T
 def pages_natively(x: torch.Tensor, pages: "Pages") -> bool:
     """Whether the operators on pages apply to queries, keys or values like `x` (…, C)."""
     return use_products(x, x.shape[-1]) and pages.keys.dtype in (x.dtype, torch.int8) and not x.requires_grad
+
+
+def pages_on_gpu(x: torch.Tensor) -> "ModuleType | None":
+    """The operators on pages of a GPU (`triton_paged`); None where `x` is on none, and where there is no Triton."""
+    wanted = x.device.type == "cuda" and os.environ.get("HEADSPRING_KERNELS") != "plain" and not torch.compiler.is_compiling()
+    return _triton_paged() if wanted else None
+
+
+@functools.cache
+def _triton_paged() -> "ModuleType | None":
+    try:
+        return importlib.import_module("headspring.models.kernels.triton_paged")
+    except ImportError:
+        return None
 
 
 def paged_attention(
@@ -277,144 +299,5 @@ def paged_attention(
     return built().paged_attention(q, pages, ragged, window, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _rows_in_one_piece(x: torch.Tensor) -> torch.Tensor:
+def rows_in_one_piece(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, epsilon):
-        x, weight = x.contiguous(), weight.contiguous()
-        y, scale = built().rms_norm(x, weight.float(), epsilon)
-        ctx.save_for_backward(x, weight, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight, scale = ctx.saved_tensors
-        grad_x, grad_weight = built().rms_norm_backward(gradient.contiguous(), x, weight.float(), scale)
-        return grad_x, grad_weight.to(weight.dtype), None
-
-
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y, weight, epsilon):
-        ctx.set_materialize_grads(False)
-        ctx.has_y = y is not None
-        if y is None:
-            total = x.contiguous()
-            normed, scale = built().rms_norm(total, weight.float(), epsilon)
-            total = total.view_as(total) if total is x else total
-        else:
-            total, normed, scale = built().add_rms_norm(x.contiguous(), y.contiguous(), weight.float(), epsilon)
-        ctx.save_for_backward(total, weight, scale)
-        return total, normed
-
-    @staticmethod
-    def backward(ctx, passed, gradient):
-        total, weight, scale = ctx.saved_tensors
-        if gradient is None:
-            return passed, passed if ctx.has_y else None, None, None
-        passed = None if passed is None else passed.contiguous()
-        grad, grad_weight = built().rms_norm_backward(gradient.contiguous(), total, weight.float(), scale, passed)
-        return grad, grad if ctx.has_y else None, grad_weight.to(weight.dtype), None
-
-
-class _SiluMultiply(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        return built().silu_multiply(gate.view(1, -1), up.view(1, -1)).view(gate.shape)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gate, up = ctx.saved_tensors
-        grads = torch.empty_like(gate), torch.empty_like(up)
-        built().silu_multiply_backward(*(x.view(1, -1) for x in (gradient.contiguous(), gate, up, *grads)))
-        return grads
-
-
-class _SiluMultiplyHalves(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, both):
-        both = both.contiguous()
-        ctx.save_for_backward(both)
-        return built().silu_multiply(*both.flatten(0, -2).chunk(2, dim=-1)).view(*both.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (both,) = ctx.saved_tensors
-        grads = torch.empty_like(both)
-        halves = (half for x in (both, grads) for half in x.flatten(0, -2).chunk(2, dim=-1))
-        built().silu_multiply_backward(gradient.contiguous(), *halves)
-        return grads
-
-
-class _PlaceHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, mixed, heads, q_gain, k_gain, cos, sin, epsilon):
-        mixed, (count, shared) = mixed.contiguous(), heads
-        channels = mixed.shape[-1] // (count + 2 * shared)
-        gains = None
-        if q_gain is not None:
-            gains = torch.cat([q_gain.float().expand(count, -1), k_gain.float().expand(shared, -1)])
-        placed = built().place_heads(mixed, gains, cos, sin, count + shared, channels, epsilon)
-        ctx.save_for_backward(mixed, gains, cos, sin)
-        ctx.heads, ctx.epsilon, ctx.gain_dtype = heads, epsilon, None if q_gain is None else q_gain.dtype
-        values = mixed[..., (count + shared) * channels :].unflatten(-1, (shared, channels))
-        return *placed.split(heads, dim=2), values
-
-    @staticmethod
-    def backward(ctx, *grads):
-        mixed, gains, cos, sin = ctx.saved_tensors
-        grads = tuple(grad.contiguous() for grad in grads)
-        grad_mixed, grad_gains = built().place_heads_backward(grads, mixed, gains, cos, sin, ctx.epsilon)
-        if gains is None:
-            return grad_mixed, *[None] * 6
-        q_gain, k_gain = (part.sum(0).to(ctx.gain_dtype) for part in grad_gains.split(ctx.heads))
-        return grad_mixed, None, q_gain, k_gain, None, None, None
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return built().rotate(x.contiguous(), cos, sin, inverse=False)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return built().rotate(gradient.contiguous(), *ctx.saved_tensors, inverse=True), None, None
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, *weights):
-        narrow = _narrow(x, weights)
-        ctx.save_for_backward(x, narrow)
-        ctx.sizes, ctx.dtypes = [len(weight) for weight in weights], [weight.dtype for weight in weights]
-        return product(x, packing.pack_bf16(narrow))
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, narrow = ctx.saved_tensors
-        flat = _rows_in_one_piece(gradient.reshape(-1, gradient.shape[-1]))
-        grad_x = (flat @ narrow).view(x.shape) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:]):
-            return grad_x, *[None] * len(ctx.sizes)
-        grads = weight_gradient(flat, _rows_in_one_piece(x.reshape(-1, x.shape[-1]))).split(ctx.sizes)
-        return grad_x, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes))
-
-
-class _CausalAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, first, origin):
-        q, k, v = (_rows_in_one_piece(x) for x in (q, k, v))
-        y, log_sums = built().attention(q, k, v, first, origin)
-        ctx.save_for_backward(q, k, v, y, log_sums, first)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = _rows_in_one_piece(gradient)
-        return *built().attention_backward(gradient, *ctx.saved_tensors), None, None

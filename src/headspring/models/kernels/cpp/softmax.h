@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "native_products.h"
+#include "tiles.h"
 
 #ifdef HAS_PRODUCTS
 

@@ -7,7 +7,7 @@
 // Query t of row b sees the keys first[b, t] … t; `first` does not decrease along a row. That is causal attention, within
 // packed documents or a sliding window.
 
-#include "native_softmax.h"
+#include "softmax.h"
 
 #ifdef HAS_PRODUCTS
 

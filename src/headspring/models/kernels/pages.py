@@ -1,4 +1,4 @@
-"""Calls of the operators on pages (`native_paged.cpp`): the structures that they read, as ctypes."""
+"""Calls of the operators on pages (`cpp/paged.cpp`): the structures that they read, as ctypes."""
 
 import ctypes
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class StepArgument(ctypes.Structure):
-    """`Ragged` of native_paged.h."""
+    """`Ragged` of cpp/paged.h."""
 
     _fields_ = [
         ("tables", ctypes.c_void_p),
@@ -29,7 +29,7 @@ class StepArgument(ctypes.Structure):
 
 
 class PagesArgument(ctypes.Structure):
-    """`Pages` of native_paged.h."""
+    """`Pages` of cpp/paged.h."""
 
     _fields_ = [
         ("keys", ctypes.c_void_p),
@@ -49,7 +49,7 @@ class PagesArgument(ctypes.Structure):
 
 
 class RowsArgument(ctypes.Structure):
-    """`Rows` of native_paged.h."""
+    """`Rows` of cpp/paged.h."""
 
     _fields_ = [("data", ctypes.c_void_p), ("distance", ctypes.c_int64)]
 

@@ -6,9 +6,9 @@
 // the very function that the single operator calls, with the same rounding in between, so that a fused block gives what its
 // module gives op by op, bit for bit. Threads wait for each other between steps by spinning, for less than a microsecond.
 
-#include "native_paged.h"
-#include "native_product.h"
-#include "native_rows.h"
+#include "paged.h"
+#include "product.h"
+#include "rows.h"
 
 #include <atomic>
 #include <omp.h>

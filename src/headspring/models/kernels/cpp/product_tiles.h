@@ -1,4 +1,4 @@
-// Products with packed weights on AMX: tiles of 16 rows by 16 outputs. Part of native_product.h, which says what is computed.
+// Products with packed weights on AMX: tiles of 16 rows by 16 outputs. Part of product.h, which says what is computed.
 //
 // Blocks of 32 rows by one panel of 32 outputs: tiles 0–3 hold sums, 4 and 5 rows of x, 6 and 7 weights. The last rows take
 // tiles with fewer rows, so that nothing is read or written beside x and y; a row's own arithmetic is the same.

@@ -1,7 +1,7 @@
 // A step of Muon on matrices of one shape: momentum, five or so Newton–Schulz iterations, update. A matrix stays in the cache
 // of one processor core from its gradient to its new value, and the cores share out the matrices.
 
-#include "native_products.h"
+#include "tiles.h"
 
 #ifdef HAS_PRODUCTS
 

@@ -1,12 +1,12 @@
 // Attention over pages: queries of many sequences, whose keys and values lie in pages of 32 tokens that tables name.
 //
 // The query rows of a sequence, times the heads that share keys, are the lanes of strips of 16 or 32: a single new token
-// puts its heads side by side, a prompt its rows as well. What a strip computes is what native_attention.cpp computes of
+// puts its heads side by side, a prompt its rows as well. What a strip computes is what attention.cpp computes of
 // its queries, bit for bit: the same products in the same order of channels and of keys, and the same softmax.
 
 #pragma once
 
-#include "native_softmax.h"
+#include "softmax.h"
 
 #ifdef HAS_PRODUCTS
 

@@ -1,9 +1,9 @@
-// The element-wise steps of a block for one row, computed in float. Whoever needs one calls the same function (native.cpp has
+// The element-wise steps of a block for one row, computed in float. Whoever needs one calls the same function (elementwise.cpp has
 // their text), which is never inlined: so every caller's last bits are the same.
 
 #pragma once
 
-#include "native_products.h"
+#include "tiles.h"
 
 // out = in · scale · weight with scale = 1 / sqrt(mean(in²) + epsilon), which it gives.
 template <class T>

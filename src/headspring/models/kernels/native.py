@@ -1,4 +1,4 @@
-"""Builds and calls the C++ sources beside this file: plain C functions on pointers, through ctypes.
+"""Builds and calls the C++ sources in `cpp/`: plain C functions on pointers, through ctypes.
 
 Why not `torch.utils.cpp_extension`: it includes torch's headers, takes most of a minute and needs ninja. This takes a few
 seconds, needs only `g++` or `clang++`, and the library does not depend on torch's version. Without a compiler, or where
@@ -21,21 +21,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from headspring.artifacts.environment import processor_name
-from headspring.models import native_pages
+from headspring.models.kernels import pages as paging
 
 if TYPE_CHECKING:
-    from headspring.models.packed import PackedMatrix
+    from headspring.models.kernels.packed import PackedMatrix
     from headspring.models.paged import Pages
     from headspring.models.ragged import Ragged
 
-SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.cpp")
-    for name in ("native", "native_attention", "native_linear", "native_muon", "native_paged", "native_product", "native_block")
-)
-HEADERS = tuple(
-    Path(__file__).with_name(f"{name}.h")
-    for name in ("native_products", "native_softmax", "native_paged", "native_product", "native_product_tiles", "native_rows")
-)
+FOLDER = Path(__file__).with_name("cpp")
+SOURCES, HEADERS = (tuple(sorted(FOLDER.glob(pattern))) for pattern in ("*.cpp", "*.h"))
 # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning, which -ffast-math would not promise.
 FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
@@ -264,10 +258,10 @@ class Library:
     def paged_attention(
         self, q: torch.Tensor, pages: "Pages", ragged: "Ragged", window: int | None, scale: float
     ) -> torch.Tensor:
-        return native_pages.attend(self._handle, q, pages, ragged, window, scale)
+        return paging.attend(self._handle, q, pages, ragged, window, scale)
 
     def write_pages(self, k: torch.Tensor, v: torch.Tensor, pages: "Pages", slots: torch.Tensor) -> None:
-        native_pages.write(self._handle, k, v, pages, slots)
+        paging.write(self._handle, k, v, pages, slots)
 
     def packed_product(self, x: torch.Tensor, packed: "PackedMatrix", bias: torch.Tensor | None) -> torch.Tensor:
         """x (..., I) times the transposed matrix → (..., O), plus bias (O,), in the dtype of `x`: bfloat16, or float32 with
@@ -313,7 +307,7 @@ class Library:
         keep: float,
         rate: float,
     ) -> None:
-        """In place on matrices of one shape (value, gradient, momentum), float32: see `native_muon.cpp`."""
+        """In place on matrices of one shape (value, gradient, momentum), float32: see `cpp/muon.cpp`."""
         addresses = torch.tensor([[tensor.data_ptr() for tensor in matrix] for matrix in matrices])
         sizes = map(ctypes.c_int64, (len(matrices), *matrices[0][0].shape, steps))
         pointers = _pointer(addresses), (ctypes.c_float * 3)(*coefficients)

@@ -1,6 +1,6 @@
-// Products with packed weights as operators, and the packing of what is in rows. See native_product.h.
+// Products with packed weights as operators, and the packing of what is in rows. See product.h.
 
-#include "native_product.h"
+#include "product.h"
 
 #include <omp.h>
 

@@ -14,7 +14,7 @@
 
 #pragma once
 
-#include "native_products.h"
+#include "tiles.h"
 
 #include <algorithm>
 
@@ -240,7 +240,7 @@ static inline void integer_rows(const Packed &w, const Scratch &scratch, int64_t
 }
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__)
-#include "native_product_tiles.h"
+#include "product_tiles.h"
 #else
 
 // ---- no tiles: bfloat16 dot products, in order

@@ -1,6 +1,6 @@
-// The operators of paged attention: see native_paged.h.
+// The operators of paged attention: see paged.h.
 
-#include "native_paged.h"
+#include "paged.h"
 
 #ifdef HAS_PRODUCTS
 

@@ -3,7 +3,7 @@
 // General libraries do this product at a third of their usual speed, because both factors stand the wrong way round. Here
 // each chunk of rows is brought into the layouts of `multiply` once and used while it is in the cache.
 
-#include "native_products.h"
+#include "tiles.h"
 
 #ifdef HAS_PRODUCTS
 
