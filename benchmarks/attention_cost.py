@@ -2,11 +2,12 @@
 
     python benchmarks/attention_cost.py [--lengths 256 512 … 16384] [--only attention window] [--width 128]
 
-One layer, one row, float32, forward and backward, one thread. Every point runs in a process of its own and is measured three
-ways: `seconds` of the processor (the median of the passes that fit into the time given, after one that does not count),
-`kept` (bytes that the forward pass keeps for the backward pass, each storage once), and `peak` (bytes by which the process
-grew at most; Linux only). The exponent e of cost ~ length^e is the slope through the lengths from `--fit-from` on, on
-logarithmic axes.
+One layer, one row, float32, forward and backward, one thread. Every point runs in a process of its own and is measured four
+ways: `seconds` of the processor and those of `forward` alone (the median of the passes that fit into the time given, after one
+that does not count), `kept` (bytes that the forward pass keeps for the backward pass, each storage once), and `peak` (bytes by
+which the process grew at most; Linux only). The table at the end has milliseconds (forward + backward), how many times
+faster than `attention` that is, and megabytes kept. The exponent e of cost ~ length^e is the slope through the lengths
+from `--fit-from` on, on logarithmic axes.
 
 `pattern` is attention that forms its pattern (an observer looks at it), which the fused kernel of `attention` never does:
 its memory is the n² of the textbooks. It stops where a pattern would need more than `--largest` bytes.
@@ -79,7 +80,7 @@ def memory(field: str) -> int | None:
 
 
 def measure(name: str, length: int, width: int, seconds: float, pipe: Any) -> None:
-    """Runs in a process of its own and sends its three numbers."""
+    """Runs in a process of its own and sends its four numbers."""
     torch.manual_seed(0)
     module, x = MIXERS[name].build(width), torch.randn(1, length, width, requires_grad=True)
     for parameter in module.parameters():
@@ -97,19 +98,23 @@ def measure(name: str, length: int, width: int, seconds: float, pipe: Any) -> No
         module.prepare(context)
         return module(x, context).square().mean()
 
-    def once() -> float:
+    def once() -> tuple[float, float]:
+        """Seconds of both passes, and of the forward pass."""
         start = time.process_time()
-        torch.autograd.grad(forward(), [x, *module.parameters()])
-        return time.process_time() - start
+        loss = forward()
+        between = time.process_time()
+        torch.autograd.grad(loss, [x, *module.parameters()])
+        return time.process_time() - start, between - start
 
     before = memory("VmRSS")
     first = once()
-    peak = memory("VmHWM")
-    times = [once() for _ in range(max(1, min(7, int(seconds / first))))] if first < 4 * seconds else [first]
+    peak, fits = memory("VmHWM"), int(seconds / first[0])
+    times = [once() for _ in range(max(1, min(7, fits)))] if first[0] < 4 * seconds else [first]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward()
     grown = None if peak is None or before is None else peak - before
-    pipe.send({"seconds": statistics.median(times), "kept": sum(kept.values()), "peak": grown})
+    both, ahead = (statistics.median(part) for part in zip(*times, strict=True))
+    pipe.send({"seconds": both, "forward": ahead, "kept": sum(kept.values()), "peak": grown})
 
 
 def isolated(name: str, length: int, width: int, seconds: float) -> dict[str, float]:
@@ -133,6 +138,23 @@ def exponent(row: dict[int, dict[str, float]], what: str, start: int) -> float |
         return None
     x, y = zip(*points, strict=True)
     return statistics.linear_regression(x, y).slope
+
+
+def table(rows: dict[str, dict[int, dict[str, float]]]) -> str:
+    """A row a mixer, a column a length."""
+    full = rows.get("attention", {})
+
+    def cell(length: int, found: dict[str, float] | None) -> str:
+        if found is None:
+            return ""
+        forward, both = 1e3 * found["forward"], 1e3 * found["seconds"]
+        faster = f" ({full[length]['seconds'] / found['seconds']:.1f}×)" if length in full else ""
+        return f"{forward:.0f} + {both - forward:.0f}{faster}, {found['kept'] / 1e6:.0f} MB"
+
+    lengths = sorted({length for row in rows.values() for length in row})
+    lines = [["", *(f"{length:,}" for length in lengths)], ["---"] * (len(lengths) + 1)]
+    lines += [[name, *(cell(length, row.get(length)) for length in lengths)] for name, row in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plot(rows: dict[str, dict[int, dict[str, float]]], slopes: dict[str, dict[str, float | None]], path: Path) -> None:
@@ -187,6 +209,7 @@ def main() -> None:
     mixers = {name: MIXERS[name].model_dump(mode="json") for name in arguments.only}
     write_json(arguments.out, about | {"mixers": mixers, "costs": rows, "exponents": slopes})
     plot(rows, slopes, arguments.plot)
+    print(table(rows))
     for name, row in slopes.items():
         print(f"{name:18}", *(f"{what} ~ n^{'?' if slope is None else f'{slope:.2f}'}  " for what, slope in row.items()))
 

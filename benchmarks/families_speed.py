@@ -1,26 +1,32 @@
 """Training speed of each family against its reference in transformers: the same weights, tokens and loss, in turns, in one run.
 
-    python benchmarks/families_speed.py [--pairs bert t5 ...] [--compiled] [--length 512 --batch 4 --width 256 --layers 2]
-    python benchmarks/families_speed.py --length 256 --batch 2 --turns 3       every pair, in a few minutes
+    python benchmarks/families_speed.py                                  every pair, eager and compiled
+    python benchmarks/families_speed.py --pairs bert t5 --modes eager    some of them
 
 A pair is a function that gives the reference's config (`pair` registers it); our model is the reference's folder, read by its
-dialect, so that both compute one function, which is checked on the loss. A step is forward and backward. Turns
-alternate (ours, theirs, ours, theirs, …); reported are medians in tokens/s and the median ratio of neighbouring turns with
-its range. A contender that is slower than `--patience` seconds a step gets as many turns as fit, at least one.
+dialect, so that both compute one function, which is checked on the loss. A step is forward and backward. Turns alternate
+(ours, theirs, ours, theirs, …), each measured by the clock and by the processor, which counts no neighbour's work; reported
+are medians in tokens/s and the median ratio of neighbouring turns with its range. A contender that is slower than
+`--patience` seconds a step gets as many turns as fit, at least one.
 
-Every pair and mode runs in a process of its own, under a time limit: what does not compile in that time is reported so.
+Every pair and mode runs in a process of its own, under a time limit: what does not compile in that time is reported so. The
+results are one file, written after every pair: a run goes on where the last one was stopped, and skips what is there
+(`--again` measures it anew). One thread, unless OMP_NUM_THREADS says otherwise.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -331,45 +337,46 @@ def steps(name: str, ours: Any, theirs: Any, sizes: argparse.Namespace) -> dict[
     return {"headspring": step_ours, "transformers": step_theirs}
 
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+
+
 def measure(name: str, sizes: argparse.Namespace) -> dict[str, Any]:
     """Seconds of turns, after one that does not count (in eager mode it does if it took longer than the patience)."""
     ours, theirs = build(name, sizes)
     contenders = steps(name, ours, theirs, sizes)
-    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    turns: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
     found = {}
     for turn in range(sizes.turns + 1):
         for contender, step in contenders.items():
-            if seconds[contender] and max(seconds[contender]) > sizes.patience:
+            if any(taken["wall"] > sizes.patience for taken in turns[contender]):
                 continue
-            started = time.perf_counter()
+            started = {clock: now() for clock, now in CLOCKS.items()}
             found[contender] = step()
-            taken = time.perf_counter() - started
-            if turn or (taken > sizes.patience and not sizes.compiled):
-                seconds[contender].append(taken)
+            taken = {clock: now() - started[clock] for clock, now in CLOCKS.items()}
+            if turn or (taken["wall"] > sizes.patience and not sizes.compiled):
+                turns[contender].append(taken)
     allowed = 2e-2 if sizes.bf16 else 1e-4
     assert abs(found["headspring"] - found["transformers"]) < allowed * found["transformers"], found
-    count = sizes.batch * sizes.length
+    return {clock: compared(turns, clock, sizes.batch * sizes.length) for clock in CLOCKS}
+
+
+def compared(turns: dict[str, list[dict[str, float]]], clock: str, tokens: int) -> dict[str, Any]:
+    """The turns of both by one clock."""
+    seconds = {contender: [taken[clock] for taken in each] for contender, each in turns.items()}
     ratios = [b / a for a, b in zip(seconds["headspring"], seconds["transformers"])]
     return {
-        "tokens_per_second": {contender: count / statistics.median(taken) for contender, taken in seconds.items()},
+        "tokens_per_second": {contender: tokens / statistics.median(taken) for contender, taken in seconds.items()},
         "turns": {contender: len(taken) for contender, taken in seconds.items()},
         "times_faster": statistics.median(ratios),
         "range": [min(ratios), max(ratios)],
     }
 
 
-def in_a_process(name: str, compiled: bool, sizes: argparse.Namespace) -> dict[str, Any]:
+def in_a_process(name: str, mode: str, sizes: argparse.Namespace) -> dict[str, Any]:
     """`measure`, or why not."""
     options = [f"--{key}={getattr(sizes, key)}" for key in ("length", "batch", "width", "layers", "vocab", "turns", "patience")]
-    command = [
-        sys.executable,
-        __file__,
-        "--worker",
-        name,
-        *options,
-        *(["--compiled"] if compiled else []),
-        *(["--bf16"] if sizes.bf16 else []),
-    ]
+    flags = [flag for flag, given in (("--compiled", mode == "compiled"), ("--bf16", sizes.bf16)) if given]
+    command = [sys.executable, __file__, "--worker", name, *options, *flags]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=sizes.limit)
     except subprocess.TimeoutExpired:
@@ -378,45 +385,68 @@ def in_a_process(name: str, compiled: bool, sizes: argparse.Namespace) -> dict[s
     return json.loads(lines[-1]) if done.returncode == 0 else {"failed": (done.stderr.strip().splitlines() or ["?"])[-1][:200]}
 
 
-def main() -> None:
+def line(row: dict[str, Any]) -> str:
+    """A row of results as it is printed."""
+    start = f"{row['family']:<12} {row['mode']:<9}"
+    if "failed" in row:
+        return f"{start} {row['failed']}"
+    parts = []
+    for clock in CLOCKS:
+        found = row[clock]
+        speeds = " ".join(f"{found['tokens_per_second'][contender]:>9,.0f}" for contender in ("headspring", "transformers"))
+        parts.append(f"{speeds} {found['times_faster']:>6.2f}× ({found['range'][0]:.2f} – {found['range'][1]:.2f})")
+    return f"{start} {'  '.join(parts)}"
+
+
+def results(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run with these settings has left, or nothing yet."""
+    if not path.exists():
+        return about | {"rows": []}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    differ = [key for key, value in about.items() if found.get(key) != value]
+    if differ:
+        raise SystemExit(f"{path} was measured with another {' and '.join(differ)}: name another --out, or remove it")
+    return found
+
+
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=PAIRS)
-    parser.add_argument("--compiled", action="store_true", help="compare under torch.compile, too")
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--bf16", action="store_true", help="activations in bfloat16 (autocast for transformers)")
-    for key, default in (("length", 512), ("batch", 4), ("width", 256), ("layers", 2), ("vocab", 4096), ("turns", 5)):
+    for key, default in (("length", 256), ("batch", 4), ("width", 256), ("layers", 2), ("vocab", 4096), ("turns", 3)):
         parser.add_argument(f"--{key}", type=int, default=default)
-    parser.add_argument("--patience", type=float, default=30.0, help="seconds")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds for a pair in one mode")
+    parser.add_argument("--patience", type=float, default=10.0, help="seconds")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds for a pair in one mode")
+    parser.add_argument("--again", action="store_true", help="measure what the file has already")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "families_speed.json")
+    parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    sizes = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    sizes = parse()
     if sizes.worker:
         print(json.dumps(measure(sizes.worker, sizes)))
         return
     from headspring.artifacts.environment import environment
+    from headspring.artifacts.files import write_json
 
-    rows = []
-    print(f"{'family':<12} {'mode':<9} {'headspring':>11} {'transformers':>13} {'ratio':>8}   range")
-    for name in sizes.pairs:
-        for compiled in (False, True) if sizes.compiled else (False,):
-            found = in_a_process(name, compiled, sizes)
-            mode = "compiled" if compiled else "eager"
-            rows.append({"family": name, "mode": mode, **found})
-            if "failed" in found:
-                print(f"{name:<12} {mode:<9} {found['failed']}", flush=True)
-                continue
-            speed, (low, high) = found["tokens_per_second"], found["range"]
-            numbers = f"{speed['headspring']:>11,.0f} {speed['transformers']:>13,.0f} {found['times_faster']:>7.1f}×"
-            print(f"{name:<12} {mode:<9} {numbers}   {low:.1f} to {high:.1f}", flush=True)
     shape = {key: getattr(sizes, key) for key in ("length", "batch", "width", "layers", "vocab")}
-    result = {
-        "environment": environment(),
-        "threads": torch.get_num_threads(),
-        "precision": "bf16" if sizes.bf16 else "fp32",
-        "shape": shape,
-        "rows": rows,
-    }
-    sizes.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    precision = "bf16" if sizes.bf16 else "fp32"
+    found = results(sizes.out, {"threads": torch.get_num_threads(), "precision": precision, "shape": shape})
+    print(f"{'family':<12} {'mode':<9} by the clock: headspring, transformers, ratio, range; by the processor: the same")
+    for name in sizes.pairs:
+        for mode in sizes.modes:
+            known = [row for row in found["rows"] if (row["family"], row["mode"]) == (name, mode)]
+            if known and not sizes.again:
+                print(line(known[0]), "(known)", flush=True)
+                continue
+            row = {"family": name, "mode": mode, **in_a_process(name, mode, sizes), "load": os.getloadavg()[0]}
+            print(line(row), flush=True)
+            found["rows"] = [other for other in found["rows"] if other not in known] + [row]
+            write_json(sizes.out, found | {"environment": environment()})
 
 
 if __name__ == "__main__":

@@ -38,13 +38,15 @@ from real_model import gguf_file
 HERE = Path(__file__).parent
 ENGINE = {
     "engine-bf16": {"dtype": "bfloat16"},
-    "engine-int8": {"quantize": "int8-32"},
+    "engine-int8": {"quantize": "int8-32"},  # as many bits as Q8_0, and the same groups
+    "engine-int8_64": {"quantize": "int8-64"},
+    "engine-int8_row": {"quantize": "int8"},
     "engine-q4_1": {"quantize": "keep"},
     "engine-plain": {"dtype": "bfloat16"},
 }
 LLAMA = ("llama-q4_0", "llama-q4_1", "llama-q4_k", "llama-q8_0", "llama-bf16")
 CONTENDERS = ("engine-bf16", "engine-int8", "engine-q4_1", *LLAMA, "transformers-bf16")
-BITS = {"bf16": 16, "plain": 16, "int8": 8.5, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q4_k": 4.5}
+BITS = {"bf16": 16, "plain": 16, "int8": 8.5, "int8_64": 8.25, "int8_row": 8, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q4_k": 4.5}
 CONCURRENT = (1, 4, 16)
 SHORT = 64  # tokens of a short prompt
 
@@ -305,7 +307,7 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
         "decode: bf16 over transformers": speed("engine-bf16", "decode") / speed("transformers-bf16", "decode"),
         "decode: int8 over transformers": speed("engine-int8", "decode") / speed("transformers-bf16", "decode"),
     }
-    for name in ("engine-bf16", "engine-int8", "engine-q4_1"):
+    for name in (name for name in rows if name.startswith("engine-")):
         for measure in ("concurrent-16", "prefill"):
             ours = speed(name, measure)
             found[f"{measure}: {name} over llama.cpp's best"] = ours / best(LLAMA, measure)

@@ -15,10 +15,13 @@ the text, a mark in the place of the gap, and writes the answer behind it. An en
 its source. Files and names of the test are never trained on. Each number is the mean over seeds (of the weights and of the
 order of examples) with the half width of its 95 % t-interval.
 
+Each cell is written when it is done; run again with the same settings, an interrupted run goes on.
+
 What it cannot say: who wins at another size. At this one, models differ by what their form makes easy to find in few steps.
 """
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -251,23 +254,31 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def kept(path: Path, settings: dict) -> list[dict]:
+    """The rows that an interrupted run with the same settings has left."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found["rows"] if found.get("settings") == settings else []
+
+
 def main() -> None:
     arguments = parse()
     models = equal(arguments.width, arguments.depth)
     parameters = {family: value.build().num_parameters() for family, value in models.items()}
-    rows = []
-    for task in arguments.tasks:
-        for family, value in models.items():
-            found = [run(value, family, task, seed, arguments) for seed in range(arguments.seeds)]
-            mean, half = interval([right for right, _ in found])
-            seconds = statistics.mean(taken for _, taken in found)
-            rows.append({"task": task, "family": family, "parameters": parameters[family], "mean": mean, "half_width": half,
-                         "values": [right for right, _ in found], "seconds": seconds})  # fmt: skip
-            width = "" if half is None else f" ± {half:6.1%}"
-            print(f"{task:15} {family:16} {parameters[family]:9,}  {mean:6.1%}{width}  {seconds:5.1f} s", flush=True)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "tasks")}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    rows = kept(arguments.out, settings)
+    done = {(row["task"], row["family"]) for row in rows}
+    for task, family in itertools.product(arguments.tasks, models):
+        if (task, family) in done:
+            continue
+        found = [run(models[family], family, task, seed, arguments) for seed in range(arguments.seeds)]
+        mean, half = interval([right for right, _ in found])
+        seconds = statistics.mean(taken for _, taken in found)
+        rows.append({"task": task, "family": family, "parameters": parameters[family], "mean": mean, "half_width": half,
+                     "values": [right for right, _ in found], "seconds": seconds})  # fmt: skip
+        arguments.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        width = "" if half is None else f" ± {half:6.1%}"
+        print(f"{task:15} {family:16} {parameters[family]:9,}  {mean:6.1%}{width}  {seconds:5.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     pip install "ray[serve]"
     HEADSPRING_MODEL=/shared/runs/quickstart HEADSPRING_API_KEY=… serve run examples.ray_serve:replicas
 
-Ray's proxy spreads requests and streams answers; every replica has its own engine, queue and cache, so that a prefix is found
-again only where it was read. Not run by the tests, which have no Ray.
+HEADSPRING_REPLICAS (2) replicas take HEADSPRING_CPUS (2) cores each; Ray waits where a cluster has fewer. Its proxy spreads
+requests and streams answers. Every replica has its own engine, queue and cache, so that a prefix is found again only where it
+was read. A replica that dies takes the requests that it holds with it; the others go on, and Ray starts it anew.
 """
 
 import os
@@ -21,5 +22,10 @@ def build():
     return create_app({"model": hs.load(os.environ["HEADSPRING_MODEL"])}, config)
 
 
-Replica = serve.ingress(build)()
-replicas = serve.deployment(num_replicas=2, max_ongoing_requests=256, ray_actor_options={"num_cpus": 2})(Replica).bind()
+replicas = serve.deployment(
+    serve.ingress(build)(),
+    name="headspring",
+    num_replicas=int(os.environ.get("HEADSPRING_REPLICAS", "2")),
+    max_ongoing_requests=256,
+    ray_actor_options={"num_cpus": float(os.environ.get("HEADSPRING_CPUS", "2"))},
+).bind()

@@ -7,19 +7,13 @@ Each mixer runs forward and backward twice: with the kernels that are installed,
 result.
 """
 
-import argparse
 from typing import Any
 
-from common import milliseconds, require_gpu, write
+from common import milliseconds, parse, parser, rounds, write
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=1024)
-    options = parser.parse_args()
-    torch = require_gpu()
+    torch, options = parse(parser(__doc__, batch=(8, 1), length=(2048, 16), width=(1024, 32)))
     from headspring.models import Block, Decoder, GatedDelta, LinearAttention, Mamba, Mamba2
     from headspring.models.kernels import installed
 
@@ -28,8 +22,8 @@ def main() -> None:
     real = installed.applies
     for name, mixer in mixers.items():
         value = Decoder(vocab=1024, width=options.width, layers=(Block(mixer=mixer),), context=options.length)
-        model = value.build().to("cuda").train()
-        tokens = torch.randint(0, value.vocab, (options.batch, options.length), device="cuda")
+        model = value.build().to(options.device).train()
+        tokens = torch.randint(0, value.vocab, (options.batch, options.length), device=options.device)
 
         def step(model: Any = model, tokens: Any = tokens) -> Any:
             model.zero_grad(set_to_none=True)
@@ -42,10 +36,10 @@ def main() -> None:
         for kind, applies in (("fused", real), ("plain", lambda *_: False)):
             installed.applies = applies
             hidden[kind] = step()
-            found[f"{name} {kind}"] = milliseconds(step)
+            found[f"{name} {kind}"] = milliseconds(step, options.device, *rounds(options))
         installed.applies = real
         found[f"{name} error"] = float((hidden["fused"] - hidden["plain"]).norm() / hidden["plain"].norm())
-    write("fused", vars(options), found)
+    write("fused", options, found)
 
 
 if __name__ == "__main__":

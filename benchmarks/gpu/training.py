@@ -6,27 +6,20 @@
 and backward. Only the loss and its gradients are timed; an optimizer's step depends on which one it is.
 """
 
-import argparse
 from typing import Any
 
-from common import milliseconds, require_gpu, write
+from common import milliseconds, parse, parser, rounds, write
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--peak", type=float, default=990e12)
-    options = parser.parse_args()
-    torch = require_gpu()
+    sizes = {"width": (1024, 64), "layers": (16, 1), "batch": (16, 1), "length": (2048, 16), "vocab": (32768, 320)}
+    torch, options = parse(parser(__doc__, **sizes, peak=(990e12, 1e12)))
     from headspring.models import Attention, Block, Decoder, SwiGLU, repeat, scoring
 
     block = Block(mixer=Attention(heads=options.width // 64), feedforward=SwiGLU(hidden=3 * options.width))
-    value = Decoder(vocab=32768, width=options.width, layers=repeat(options.layers, block), context=options.length)
-    model = value.build().to("cuda").train()
-    tokens = torch.randint(0, value.vocab, (options.batch, options.length + 1), device="cuda")
+    value = Decoder(vocab=options.vocab, width=options.width, layers=repeat(options.layers, block), context=options.length)
+    model = value.build().to(options.device).train()
+    tokens = torch.randint(0, value.vocab, (options.batch, options.length + 1), device=options.device)
 
     def step() -> Any:
         model.zero_grad(set_to_none=True)
@@ -35,15 +28,15 @@ def main() -> None:
             loss.backward()
 
     found: dict[str, Any] = {}
-    for name in ("eager", "compiled"):
+    for name in ("eager",) if options.tiny else ("eager", "compiled"):
         if name == "compiled":
             for part in model.blocks():
                 part.compile()
-        timed = milliseconds(step)
+        timed = milliseconds(step, options.device, *rounds(options))
         rate = options.batch * options.length / (timed["median_ms"] / 1000)
         share = 3 * model.ledger(options.length).flops * rate / options.peak
         found[name] = timed | {"tokens_per_second": rate, "share_of_peak": share}
-    write("training", vars(options), found)
+    write("training", options, found)
 
 
 if __name__ == "__main__":

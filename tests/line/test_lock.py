@@ -38,3 +38,10 @@ def test_the_lock_is_released_and_a_shorter_process_id_replaces_a_longer_one(tmp
     for _ in range(2):
         with folder_lock(tmp_path):
             assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"cannot be written \(.*\); give another --run-dir"), folder_lock(folder):
+            pass

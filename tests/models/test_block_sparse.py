@@ -117,11 +117,11 @@ def test_columns_are_read_some_rows_at_a_time(case):
 def test_a_window_or_a_column_too_short_is_noticed():
     part = module(Strided(stride=32, local=30))
     expected = run(part, {}, dense=True)
-    with patch.object(strided, "reach", lambda mask: 0), pytest.raises(AssertionError):
+    with patch.object(Strided, "reach", 0), pytest.raises(AssertionError):
         assert_same(run(part, {}, dense=False), expected)
-    with patch.object(strided._Rows, "_far", lambda self, q, k: torch.full((2, 2, 2, 2, 32, 2), -torch.inf)):
-        with pytest.raises(AssertionError):
-            assert_same(run(part, {}, dense=False), expected)
+    unseen = torch.full((2, 2, 2, 2, 32, 2), -torch.inf)
+    with patch.object(strided._Rows, "_far", lambda self, q, k: unseen), pytest.raises(AssertionError):
+        assert_same(run(part, {}, dense=False), expected)
 
 
 def test_a_key_left_out_of_the_lists_is_noticed():
@@ -256,6 +256,7 @@ def test_short_sequences_are_read_densely():
         context = Context.of(length, 0, None, None, torch.device("cpu"))
         assert block_sparse.worthwhile(Causal(window=2 * BLOCK), context) is expected
         assert block_sparse.worthwhile(Routed(block=64, top=4), context) is expected
+        assert block_sparse.worthwhile(Strided(stride=128, local=128), context) is expected
         assert not block_sparse.worthwhile(Causal(), context)
 
 
@@ -278,10 +279,14 @@ def kept_bytes(part, time: int) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("mask", [Causal(window=16), Causal(window=16, sinks=2), Routed(block=16, top=2)], ids=repr)
+LEAN = [Causal(window=16), Causal(window=16, sinks=2), Routed(block=16, top=2), Strided(stride=64, local=16)]
+
+
+@pytest.mark.parametrize("mask", LEAN, ids=repr)
 def test_memory_grows_with_the_sequence_and_not_its_square(mask, monkeypatch):
     part = module(mask, softcap=5.0)  # the plain form, which would keep a pattern
     monkeypatch.setattr(block_sparse, "PRICE", 0)
+    monkeypatch.setattr(block_sparse, "LAID_OUT", 0)
     small, large = kept_bytes(part, 512), kept_bytes(part, 2048)
     assert large < 4.3 * small
     with patch.object(block_sparse, "worthwhile", lambda *_: False), patch.object(attend_module, "PIECE", 10**9):

@@ -1,5 +1,7 @@
 """The value tree, the ledger, the sites and the folder of a decoder."""
 
+import json
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -145,6 +147,24 @@ def test_folder_round_trip_is_bitwise_and_damage_is_named(model, tmp_path):
         load_model(tmp_path)
     with pytest.raises(UserError, match="no Headspring model"):
         load_model(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"vocab": 1 << 40}, r"embed\.weight is \[61, 32\] in the file and \[1099511627776, 32\] in the model"),
+        ({"vocab": 1 << 62}, "no model has these sizes"),
+        ({"norm": None}, r"norm\.weight is \[32\] in the file and missing in the model"),
+    ],
+    ids=str,
+)
+def test_a_config_cannot_ask_for_more_memory_than_the_file_has(model, change, why, tmp_path):
+    save_model(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"].update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CorruptArtifact, match=why):
+        load_model(tmp_path)
 
 
 def test_activation_checkpointing_changes_memory_not_gradients(model):

@@ -137,11 +137,27 @@ def test_the_comparison_sees_a_wrong_gradient():
 
 
 @needs_compiler
-def test_not_a_number_stays_visible():
-    x = torch.ones(2, 8)
-    x[1, 3] = float("nan")
-    assert kernels.rms_norm(x, torch.ones(8), 1e-6)[1].isnan().all()
-    assert kernels.silu_multiply(x, torch.ones(2, 8)).isnan().sum() == 1
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("place", [3, 16])  # within sixteen numbers, and among those that are left
+def test_not_a_number_stays_visible(dtype, place):
+    x = torch.ones(2, 17, dtype=dtype)
+    x[1, place] = float("nan")
+    assert kernels.rms_norm(x, torch.ones(17), 1e-6)[1].isnan().all()
+    assert kernels.silu_multiply(x, torch.ones_like(x)).isnan().sum() == 1
+    assert kernels.built().cross_entropy(x.clone(), torch.zeros(2, dtype=torch.int64), 1.0).isnan().tolist() == [False, True]
+
+
+@needs_compiler
+@pytest.mark.parametrize("vocab", [5, 16, 100])
+def test_losses_have_the_same_bits_in_both_precisions(vocab):
+    """Of the same logits; against float64, and the control is another target's loss."""
+    torch.manual_seed(0)
+    logits, targets = (8 * torch.randn(7, vocab)).bfloat16(), torch.randint(vocab - 1, (7,))
+    narrow, wide = (kernels.built().cross_entropy(x, targets, 1.0) for x in (logits.clone(), logits.float()))
+    exact = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+    assert torch.equal(narrow, wide)
+    torch.testing.assert_close(wide.double(), exact, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(kernels.built().cross_entropy(logits.clone(), targets + 1, 1.0), narrow)
 
 
 @needs_compiler

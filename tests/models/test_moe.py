@@ -1,6 +1,7 @@
 """Mixtures of experts against a loop over tokens, against `transformers`, and in what they cost and drop."""
 
 import itertools
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
-from headspring.models import Attention, Block, moe
-from headspring.models.grouped import grouped_linear
+from headspring.artifacts import UserError
+from headspring.models import Attention, Block, expert_matrices, kernels, moe
+from headspring.models.grouped import collect, grouped_linear
 from headspring.models.initialisation import FanIn
 from headspring.models.moe import Clamp, MoE
 from headspring.models.routing import SigmoidRouter, SoftmaxRouter, within_capacity
@@ -110,12 +112,12 @@ def test_values_and_gradients_are_those_of_a_loop_over_tokens(name):
     assert_equals_the_reference(CASES[name])
 
 
-def unsorted(rows, layout):
-    return rows[: len(layout.row_of_pair)].unflatten(0, (-1, layout.top))
+def unsorted(rows, weights, layout):
+    return collect(rows, weights, replace(layout, row_of_pair=torch.arange(len(layout.row_of_pair))))
 
 
-def experts_off_by_one(x, weight, bias, ends):
-    return grouped_linear(x, weight.roll(1, 0), bias, ends)
+def experts_off_by_one(x, weights, biases, ends):
+    return grouped_linear(x, [weight.roll(1, 0) for weight in weights], biases, ends)
 
 
 @pytest.mark.parametrize(("name", "bug"), [("collect", unsorted), ("grouped_linear", experts_off_by_one)])
@@ -143,6 +145,72 @@ def test_a_decoding_step_touches_only_the_experts_it_chose():
     assert torch.equal(layer(x), expected)
     parameter[chosen[0]] = float("nan")
     assert layer(x).isnan().any()
+
+
+# ---- bfloat16 through native products: one row, one result
+
+
+BITWISE = pytest.mark.skipif(
+    not kernels.multiplies_natively(torch.zeros(1, dtype=torch.bfloat16)), reason="no native products on this machine"
+)
+
+
+def rows_alone_and_together(layer: moe.MoEModule, x: torch.Tensor) -> bool:
+    """Whether each row of x (1, T, D) has the same bits alone, beside others and where gradients are wanted."""
+    with torch.no_grad():
+        together, halves = layer(x), torch.cat([layer(x[:, :5]), layer(x[:, 5:])], dim=1)
+        alone = torch.cat([layer(row) for row in x.split(1, dim=1)], dim=1)
+    learning = layer(x.clone().requires_grad_()).detach()
+    return all(torch.equal(together, other) for other in (halves, alone, learning))
+
+
+@BITWISE
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_has_the_same_bits_in_every_batch(name, packed):
+    layer, x = built(CASES[name]), inputs(1, 70).bfloat16()
+    if packed:
+        layer.experts.requires_grad_(False).pack()
+    assert rows_alone_and_together(layer, x)
+
+
+@BITWISE
+def test_a_product_that_depends_on_the_rows_is_seen():
+    real = expert_matrices.kernels.product
+
+    def product(x, *rest, **options):
+        y = real(x, *rest, **options)
+        return y.mul_(1 + 2**-7) if len(x) > 20 else y
+
+    with patch.object(expert_matrices.kernels, "product", product):
+        assert not rows_alone_and_together(built(CASES["mixtral"]), inputs(1, 70).bfloat16())
+
+
+@BITWISE
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek"])
+def test_native_gradients_are_those_of_float32(name):
+    value = CASES[name].model_copy(update={"hidden": 32})
+    layer, x = built(value), inputs(2, 40).bfloat16()
+    found, wanted = (gradients(layer, each, layer) for each in (x, x.float()))
+    for key in found:
+        difference = (found[key].float() - wanted[key]).norm() / wanted[key].norm()
+        assert difference < 0.05, f"{key}: {difference}"  # a clamped number has no gradient, and some pass the clamp by a bit
+
+
+@BITWISE
+def test_packed_experts_follow_their_weights_and_learn():
+    layer, x = built(CASES["mixtral"]), inputs(1, 9).bfloat16()
+    with torch.no_grad():
+        layer.experts.pack()
+        before = layer(x)
+        layer.experts.gate.mul_(2)
+        layer.experts.pack()
+        assert not torch.equal(layer(x), before)
+    layer(x).sum().backward()
+    assert layer.experts.packed_experts is None and layer.experts.gate.grad is not None
+    layer.experts.pack("int8")
+    with pytest.raises(UserError, match="cannot be trained"):
+        layer(x)
 
 
 # ---- transformers

@@ -12,6 +12,8 @@ What must hold, whatever happens:
 - a finished answer is, token by token, the one that the request gets alone in an empty world; a cut one is its beginning;
 - only what was broken fails: a poisoned request always, a neighbour only in a step whose bookkeeping raised;
 - when all is over, no page is held, no job known, no sequence scheduled, and the counters add up.
+
+Worlds of odd seeds have a model with a folded state.
 """
 
 import random
@@ -21,12 +23,14 @@ from collections import Counter
 import torch
 
 from headspring.inference.engine import Engine, EngineConfig
+from headspring.inference.engine.beside import Beside
 from headspring.inference.engine.cache import PAGE, Group, Pool
 from headspring.inference.engine.sampler import Sampler
 from headspring.inference.generation import Request, most_probable
 from headspring.inference.sampling import SamplingParams
 from headspring.inference.speculation.speculator import Speculator
 from headspring.inference.speculation.values import PromptLookup
+from headspring.models.state import RecurrentState
 from headspring.serving.loop import EngineLoop
 from headspring.serving.metrics import Metrics
 from headspring.serving.session import Session
@@ -46,11 +50,15 @@ class StandIn:
 
     device = torch.device("cpu")
     compute_dtype = torch.float32
+    packed_head = None
 
     def __init__(self, vocab: int):
         self.config = tiny_decoder(vocab, context=CONTEXT)
         generator = torch.Generator().manual_seed(1)
         self.table = torch.randn(ROWS, vocab, generator=generator) * 3
+
+    def modules(self):
+        return ()
 
     def hidden(self, context: list[int]) -> float:
         return zlib.crc32(repr(context).encode()) % ROWS
@@ -65,6 +73,7 @@ class Runner:
     """Pages are lists of tokens. `armed` makes one call raise; poisoned sequences raise, or give numbers that are none."""
 
     shares = True
+    snapshot_bytes: int | None = None
 
     def __init__(self, model: StandIn, num_pages: int):
         self.model, self.groups = model, [Group(None, num_pages)]
@@ -79,19 +88,23 @@ class Runner:
     def run(self, work):
         rows = []
         for item in work:
-            table, start = item.sequence.tables[0], item.sequence.computed
-            for place, token in enumerate(item.tokens, start):
-                self.pages[table[place // PAGE]][place % PAGE] = token
+            start, context = item.sequence.computed, self.read(item)
             kind = self.poisoned.get(item.sequence.job.number)
             if kind == "raises":
                 raise Fault("a poisoned request")
-            context = [token for page in table for token in self.pages[page]]
             ends = range(start + item.count - item.rows, start + item.count)
             rows += [[NAN] if kind == "nan" else [self.model.hidden(context[: end + 1])] for end in ends]
             if self.armed:  # in the middle of the batch: some have been written and some not
                 self.armed = False
                 raise Fault("a forward pass that fails once")
         return torch.tensor(rows, dtype=torch.float32).reshape(-1, 1)
+
+    def read(self, item) -> list[int]:
+        """All tokens of a sequence, as its pages hold them."""
+        table = item.sequence.tables[0]
+        for place, token in enumerate(item.tokens, item.sequence.computed):
+            self.pages[table[place // PAGE]][place % PAGE] = token
+        return [token for page in table for token in self.pages[page]]
 
     def fork(self, parent, child):
         pass
@@ -100,10 +113,40 @@ class Runner:
         return length
 
 
+class Folded(Runner):
+    """The same with a folded state, which alone knows what was read: a prefix is begun from a snapshot of it."""
+
+    snapshot_bytes = 2000  # of 8 for each token
+
+    def read(self, item) -> list[int]:
+        sequence = item.sequence
+        if sequence.state is None:
+            snapshot, sequence.snapshot = sequence.snapshot, None
+            empty = RecurrentState(seen=torch.zeros(1, 0, dtype=torch.int64))
+            sequence.state = Beside({0: empty}) if snapshot is None else Beside.resumed(snapshot, CONTEXT)
+        state = sequence.state.layers[0]
+        assert state.length == sequence.computed, "a state of another place"
+        state.replace(item.count, seen=torch.cat([state["seen"], torch.tensor([item.tokens])], dim=1))
+        return state["seen"][0].tolist()
+
+    def fork(self, parent, child):
+        child.state = parent.state.fork()
+
+    def boundary(self, sequence, length):
+        length = sequence.state.rewind(length)
+        if length == 0:
+            sequence.state = None
+        return length
+
+    def snapshot(self, sequence):
+        return sequence.state.snapshot(sequence.computed)
+
+
 class Guesses:
     """Proposes what the stand-in finds most likely: right for greedy requests, mostly wrong for others; sometimes it breaks."""
 
     way = True  # it is asked always, whether that pays or not
+    switched_off = 0
 
     def __init__(self, model: StandIn, draw: random.Random):
         self.model, self.draw = model, draw
@@ -229,7 +272,7 @@ class World:
         self.model = StandIn(tokenizer.vocab_size)
         self.ends = [end for end in (tokenizer.eos_id, tokenizer.end_id) if end is not None]
         self.common = [self.draw.randrange(3, 60) for _ in range(70)]
-        self.runner = Runner(self.model, PAGES)
+        self.runner = (Runner, Folded)[seed % 2](self.model, PAGES)
         config = EngineConfig(max_sequences=6, chunk=self.draw.choice((6, 16, 48)), max_queue=QUEUE, debug=debug)
         self.engine = Engine(self.model, tokenizer, config, runner=self.runner, clock=self.clock)
         if self.draw.random() < 0.5:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from headspring.artifacts import UserError
 from headspring.cli import app
-from headspring.cli.serve import named
+from headspring.cli.serve import named, named_adapters
 from headspring.inference import LanguageModel
 from tests.inference.tiny import tiny_model
 
@@ -89,7 +89,11 @@ def test_what_it_refuses_is_one_line(folder, tmp_path):
     keys.chmod(0o644)
     cases = [
         ((folder, "--host", "0.0.0.0"), "give a key"),
-        ((adapter,), "LoRA adapter"),
+        ((adapter,), "with --adapter NAME="),
+        ((folder, "--adapter", f"poet={folder}"), "no LoRA adapter"),
+        ((folder, "--adapter", f"poet={adapter}"), "peft_type"),
+        ((folder, "--adapter", f"poet@other={adapter}"), "NAME@MODEL=FOLDER"),
+        ((folder, "--adapter", f"long={adapter}"), "name of its own"),
         ((folder, "--key-file", keys), "chmod 600"),
         ((folder, folder), "two models are named"),
         ((folder, "--max-sequences", "0"), "max-sequences"),
@@ -108,3 +112,11 @@ def test_names_of_models():
     for wrong in (["a=x", "a=y"], ["=x"], ["a="]):
         with pytest.raises(UserError):
             named(wrong)
+
+
+def test_names_of_adapters():
+    assert named_adapters(["poet=x", "clerk@b=y=z"], ["b"]) == {"poet": ("b", "x"), "clerk": ("b", "y=z")}
+    assert named_adapters(["poet@a=x"], ["a", "b"]) == {"poet": ("a", "x")}
+    for wrong in (["poet=x"], ["poet@c=x"], ["a@a=x"], ["poet@a=x", "poet@b=y"], ["poet@a="], ["@a=x"]):
+        with pytest.raises(UserError):
+            named_adapters(wrong, ["a", "b"])

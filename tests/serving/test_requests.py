@@ -14,6 +14,7 @@ from PIL import Image
 
 from headspring.inference import LanguageModel
 from headspring.inference.engine import EngineConfig
+from headspring.inference.speculation import PromptLookup
 from headspring.models import Attention, Block, Encoder, Full, SwiGLU, repeat
 from headspring.models.families import FAMILIES
 from headspring.serving import Limits, ServerConfig, create_app
@@ -400,6 +401,19 @@ def test_metrics_count_what_happened(lm):
             'headspring_cache_pages_used{model="tiny"} 0.0',
         ):
             assert line in text, line
+
+
+def test_metrics_count_what_was_proposed(lm):
+    """Counters of the engine, under the names that are promised."""
+    engine = ENGINE.model_copy(update={"speculation": PromptLookup(longest=2, shortest=1)})
+    with running({"tiny": lm}, engine=engine) as client:
+        body = completion(ignore_eos=True, prompt="aaaaaaaaaaaaaaaa", max_tokens=40, temperature=0)
+        assert client.post("/v1/completions", body).status_code == 200
+        text = client.get("/metrics").text
+    counted = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("headspring_speculation"))
+    name = 'headspring_speculation_{}_total{{model="tiny"}}'
+    proposed, accepted = (float(counted[name.format(what)]) for what in ("proposed_tokens", "accepted_tokens"))
+    assert proposed > 0 and 0 <= accepted <= proposed and float(counted[name.format("switched_off")]) >= 0
 
 
 def test_two_applications_in_one_process_do_not_add_up(lm):

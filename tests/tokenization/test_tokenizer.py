@@ -242,3 +242,35 @@ def test_control_tokens_inside_a_models_vocabulary():
     assert [tokenizer.token(i) for i in tokenizer.encode("</s>")] == ["<", "/", "s", ">"]
     assert not tokenizer.control_ids & set(tokenizer.encode("<s>a<mask></s>"))
     assert [tokenizer.token(i) for i in tokenizer.encode("uaus")] == ["u", "aus"]  # an added word keeps its id
+
+
+@pytest.mark.parametrize("kind", ["BPE", "WordLevel"])
+def test_an_added_word_takes_no_other_words_id(kind):
+    """Three control tokens at the head of a vocabulary are taken out for typed text; no later word may move into the gap."""
+    words = ["<s>", "</s>", "<pad>", "<unk>", *"abcd"]
+    added = [{"id": i, "content": words[i], "special": True} for i in range(3)]
+    added.append({"id": 8, "content": "<tool>", "special": False})
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    merges = {"merges": []} if kind == "BPE" else {}
+    description = {
+        "version": "1.0",
+        "added_tokens": [{**token, **flags} for token in added],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False},
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": kind, "unk_token": "<unk>", "vocab": {word: i for i, word in enumerate(words)}, **merges},
+    }
+    tokenizer = Tokenizer(LibraryTokenizer.from_str(json.dumps(description)))
+    assert [tokenizer.token(i) for i in tokenizer.encode("abcd<tool>a")] == ["a", "b", "c", "d", "<tool>", "a"]
+
+
+def test_a_prompts_start_is_written_for_others_and_read_back_as_it_was(bpe: Tokenizer, tmp_path):
+    bpe.save(tmp_path / "ours", prompt_start=True)
+    text = "def add(a, b):"
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours")
+    assert theirs(text).input_ids == [bpe.bos_id, *bpe.encode(text)]
+    back = Tokenizer.load(tmp_path / "ours")
+    assert back.frame == bpe.frame and back.library.to_str() == bpe.library.to_str()
+    bpe.save(tmp_path / "plain")  # the control: without it nothing says so
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "plain")(text).input_ids == bpe.encode(text)

@@ -59,7 +59,7 @@ def test_muon_equals_torch_muon():
 
 
 @pytest.mark.skipif(native.library() is None or not native.library().has_products, reason="no bfloat16 products here")
-@pytest.mark.parametrize("shape", [(32, 32), (96, 64), (64, 160)])
+@pytest.mark.parametrize("shape", [(32, 32), (96, 64), (64, 160), (96, 320)])
 def test_the_native_step_is_the_plain_one(monkeypatch, shape):
     """Value and momentum after three steps, of several matrices; the control is a plain step with another momentum."""
 

@@ -15,12 +15,16 @@ from headspring.artifacts.errors import UserError
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for the length of the block. Raises `UserError` that names the process which has it already."""
+    """Hold `folder`, made where it is missing, for the length of the block. Raises `UserError` that names the process which
+    has it already, or says why nothing can be written there."""
     import fcntl  # POSIX only
 
     path = Path(folder) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); give another --run-dir") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

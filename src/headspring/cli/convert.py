@@ -32,6 +32,7 @@ def convert(
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text that int4-gptq reads. Default: the embedded corpus.")] = None,
     held_out: Annotated[int, typer.Option(help="With --quantize: tokens that both models are compared on; 0: none.")] = 4096,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter, merged into the weights.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is already there.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
@@ -42,7 +43,7 @@ def convert(
 
     how = _scheme(quantize, calibration)
     options = {} if how is None else {"quantize": how, "held_out": held_out}
-    done = convert_model(source, target, to=to, dtype=dtype, force=force, revision=revision, **options)
+    done = convert_model(source, target, to=to, dtype=dtype, force=force, revision=revision, adapter=adapter, **options)
     if as_json:
         typer.echo(json.dumps(done, indent=2))
     else:

@@ -32,6 +32,7 @@ Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or
 Quantize = Annotated[
     str, typer.Option(help="int8, int4, int4-gptq…; keep: a .gguf file's blocks; none: floats; auto: keep where fast.")
 ]
+Adapter = Annotated[str | None, typer.Option(help="Folder of a LoRA adapter for this model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 HIDDEN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -62,13 +63,14 @@ def generate(
     dtype: Dtype = "auto",
     quantize: Quantize = "auto",
     revision: Revision = None,
+    adapter: Adapter = None,
 ) -> None:
     """Continue a prompt."""
     if logprobs is not None and not as_json:
         raise UserError("--logprobs needs --json to show them")
     options = _sampling(locals())
     text = _read_stdin() if prompt == "-" else prompt
-    lm = _load(model, device, dtype, quantize, revision)
+    lm = _load(model, device, dtype, quantize, revision, adapter)
     if as_json:
         report = _report(lm, model, text, n=n, logprobs=logprobs, **options)
         typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
@@ -94,10 +96,11 @@ def chat(
     dtype: Dtype = "auto",
     quantize: Quantize = "auto",
     revision: Revision = None,
+    adapter: Adapter = None,
 ) -> None:
     """Talk with a model, a line a turn. /reset starts again, /quit (or the end of input) leaves."""
     options = _sampling(locals())
-    lm = _load(model, device, dtype, quantize, revision)
+    lm = _load(model, device, dtype, quantize, revision, adapter)
     if lm.is_base:
         _note("this is a base model, never trained on conversations: expect a continuation, not an answer")
         warnings.simplefilter("ignore")
@@ -126,11 +129,12 @@ def _sampling(given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _load(model: str, device: str, dtype: str, quantize: str, revision: str | None) -> "LanguageModel":
+def _load(model: str, device: str, dtype: str, quantize: str, revision: str | None, adapter: str | None) -> "LanguageModel":
     from headspring.inference import LanguageModel
 
     how = None if quantize == "none" else quantize
-    return LanguageModel.load(model, device=device, dtype=dtype, quantize=how, revision=revision)
+    lm = LanguageModel.load(model, device=device, dtype=dtype, quantize=how, revision=revision)
+    return lm if adapter is None else lm.with_adapter(adapter)
 
 
 def _report(lm: "LanguageModel", model: str, prompt: str, **options: Any) -> dict[str, Any]:

@@ -36,9 +36,14 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = "auto",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter beside its base (NAME@MODEL=FOLDER where there are several)."),
+    ] = None,
 ) -> None:
     """Serve models behind OpenAI's API."""
     places = named(models)
+    adapters = named_adapters(adapter or [], list(places))
     keys = _keys(key_file)
     from pydantic import ValidationError
 
@@ -72,6 +77,7 @@ def serve(
     for name, place in places.items():
         _refuse_adapter(place)
         loaded[name] = LanguageModel.load(place, device=device, dtype=dtype, quantize=None if quantize == "none" else quantize)
+    loaded |= {name: loaded[base].with_adapter(folder) for name, (base, folder) in adapters.items()}
     run(loaded, config, engine)
 
 
@@ -87,6 +93,23 @@ def named(models: list[str]) -> dict[str, str]:
         if name in found:
             raise UserError(f"two models are named {name!r}; name them, as in a={found[name]} b={place}")
         found[name] = place
+    return found
+
+
+def named_adapters(adapters: list[str], models: list[str]) -> dict[str, tuple[str, str]]:
+    """ "poet=FOLDER", "poet@a=FOLDER" → {name: (model, folder)}; without a model it is the only one. Raises `UserError`."""
+    found: dict[str, tuple[str, str]] = {}
+    for text in adapters:
+        who, _, folder = text.partition("=")
+        name, at, base = who.partition("@")
+        base = base if at else models[0] if len(models) == 1 else ""
+        if not name or not folder or base not in models:
+            raise UserError(
+                f"--adapter {text}: use NAME=FOLDER or, of several models, NAME@MODEL=FOLDER (of {', '.join(models)})"
+            )
+        if name in found or name in models:
+            raise UserError(f"--adapter {text}: {name!r} is the name of another one; choose a name of its own")
+        found[name] = base, folder
     return found
 
 
@@ -119,4 +142,4 @@ def _keys(file: Path | None) -> tuple[str, ...]:
 
 def _refuse_adapter(place: str) -> None:
     if (Path(place) / "adapter_config.json").is_file():
-        raise UserError(f"{place} is a LoRA adapter, which cannot be served yet; merge it into its model and serve that")
+        raise UserError(f"{place} is a LoRA adapter: serve the model that it is for, with --adapter NAME={place}")

@@ -8,7 +8,7 @@ all adapters side by side, and for each row a mask of what is not its own); for 
 blocks run as if there were no adapters. So the rows of the base keep their bits, beside whomever they run, and so do those of
 each adapter.
 
-Keys and values depend on the adapter: its digest is part of where the chain of prefix hashes begins (`Job.scope`), and pages
+Keys and values depend on the adapter: its key is part of where the chain of prefix hashes begins (`Job.scope`), and pages
 are never shared between adapters, or between one and the base.
 
 Why not merged weights, an engine for each: requests for different adapters would then not run together, and every adapter
@@ -17,14 +17,15 @@ operator by operator, and each row meets the columns of all adapters that are he
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import chain
 
 import torch
 
-from headspring.models.kernels.packing import pack_for_serving
-from headspring.models.lora import Adapter, Rows, Stacked, adaptable, adding, width
+from headspring.artifacts import UserError
+from headspring.models.kernels.packing import pack_for_serving, unpack_model
+from headspring.models.lora import Adapter, Rows, Stacked, adaptable, adding, merge, width
 from headspring.models.model import ModelModule
 from headspring.models.part import Linear
 from headspring.models.ragged import Ragged
@@ -102,16 +103,34 @@ def adapted(model: ModelModule, adapter: Adapter) -> ModelModule:
     """Another module that computes with `adapter` from now on, and shares all weights, packed or not, with `model`."""
     adapter.check(model)
     pack_for_serving(model)
-    shared = [*model.parameters(), *model.buffers()]
-    shared += [held for module in model.modules() for name in ("packed", "joined", "packed_head") if (held := vars(module).get(name))]
-    other = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    other = _copy(model, frozenset())
     for part, stack in stacks(other, [adapter]).items():
         part.addition = stack
     return other
 
 
+def merged(model: ModelModule, adapter: Adapter) -> ModelModule:
+    """Another module with W + scale · B A in the place of each W that `adapter` is for; all others it shares with `model`."""
+    adapter.check(model)
+    linears = adaptable(model)
+    other = _copy(model, {id(linears[name].weight) for name in adapter.parts})
+    if not model.released:
+        unpack_model(other)
+    merge(other, adapter)
+    return other
+
+
+def _copy(model: ModelModule, own: Set[int]) -> ModelModule:
+    """Another module with the same weights in memory, but for those (by `id`) that shall be its own."""
+    held = [vars(module).get(name) for module in model.modules() for name in ("packed", "joined", "packed_head")]
+    shared = [*model.parameters(), *model.buffers(), *held]
+    return copy.deepcopy(model, {id(one): one for one in shared if one is not None and id(one) not in own})
+
+
 def check_adapters(model: ModelModule, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """Raise `UserError` for one that does not belong to `model`."""
+    """Raise `UserError` for one that does not belong to `model`, or where an engine cannot tell what it is to be added to."""
     for adapter in adapters.values():
         adapter.check(model)
+    if adapters and model.config.reads_source:
+        raise UserError("an encoder–decoder is served without adapters; merge one with LanguageModel.merged and serve that")
     return dict(adapters)

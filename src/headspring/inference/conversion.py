@@ -19,6 +19,7 @@ from headspring.inference.loading import ALIASES, DTYPES, is_gguf
 from headspring.inference.quantization.calibration import embedded_texts, token_rows
 from headspring.inference.quantization.folder import save_quantized
 from headspring.inference.quantization.installing import restore
+from headspring.inference.quantization.reading import read
 from headspring.inference.quantization.report import Baseline, report
 from headspring.inference.quantization.scheme import Quantization
 from headspring.models import save_model
@@ -38,13 +39,15 @@ def convert(
     revision: str | None = None,
     quantize: str | Quantization | None = None,
     held_out: int = 0,
+    adapter: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write the model at `source`, with its tokenizer, as the folder or `.gguf` file `target`; returns what was written.
 
     `to` is by default what the target's name says: `gguf`, or else `huggingface`. `dtype` None keeps the precision the
     weights are stored in (float32 for quantized ones). `quantize` writes a native folder of whole numbers, and with them a
-    report (`quantization.report`) over `held_out` tokens of the embedded corpus, where there are any. Raises `UserError` for a
-    target that exists (unless `force`: then an older model there is replaced), and for what the format cannot say.
+    report (`quantization.report`) over `held_out` tokens of the embedded corpus, where there are any. `adapter` is a LoRA
+    folder that is merged into the weights. Raises `UserError` for a target that exists (unless `force`: then an older model
+    there is replaced), and for what the format cannot say.
     """
     start, target = time.perf_counter(), Path(target).expanduser()
     if quantize is not None and to is None and not is_gguf(target):
@@ -54,7 +57,11 @@ def convert(
         raise UserError("quantize writes a native folder of whole numbers: leave --dtype out, and --to or say native")
     _check_dtype(form, precision)
     _check_target(target, source, force)
+    if quantize is not None and adapter is not None:
+        raise UserError("--adapter is merged into floats: write these, and quantize what was written")
     lm = LanguageModel.load(source, device="cpu", revision=revision)
+    if adapter is not None:
+        lm = _floats(lm).with_adapter(adapter).merged()
     if precision in ("float16", "f16"):
         _check_range(lm)
     try:
@@ -88,15 +95,16 @@ def _floats(lm: LanguageModel) -> LanguageModel:
 def _write_quantized(lm: LanguageModel, target: Path, how: str | Quantization, held_out: int) -> dict[str, Any]:
     if lm.folder is None or lm.model.released:
         raise UserError("this model is quantized already; convert the floats it was made from")
-    quantized = LanguageModel.load(lm.folder, device="cpu", quantize=how)
+    notes: list[str] = []
+    quantized = read(lm.folder, None, how, lambda: lm.tokenizer, notes=notes)
     scheme = how if isinstance(how, str) else how.name
-    about: dict[str, Any] = {"scheme": scheme}
+    about: dict[str, Any] = {"scheme": scheme, "notes": notes}
     if held_out:
         rows = token_rows(lm.tokenizer, embedded_texts("held_out"), held_out, lm.context)
-        baseline = Baseline(lm.model, lm.tokenizer, rows, quantized.model.compute_dtype)
-        about |= report(baseline, quantized.model, scheme).as_dict()
+        baseline = Baseline(lm.model, lm.tokenizer, rows, quantized.compute_dtype)
+        about |= report(baseline, quantized, scheme).as_dict()
     with folder_atomic(target) as folder:
-        save_quantized(quantized.model, folder, about)
+        save_quantized(quantized, folder, about)
         lm.tokenizer.save(folder)
     architecture = type(lm.config).__name__
     return {"architecture": architecture, "dtype": scheme, "tokenizer": "tokenizer.json", "quantization": about}
@@ -119,7 +127,7 @@ def _write_folder(lm: LanguageModel, target: Path, form: Format, dtype: str | No
         else:
             save_model(lm.model, folder)
             architecture = type(lm.config).__name__
-        lm.tokenizer.save(folder)
+        lm.tokenizer.save(folder, prompt_start=form == "huggingface" and lm.model.config.causal)
     return {"architecture": architecture, "dtype": _stored(lm), "tokenizer": "tokenizer.json"}
 
 

@@ -8,6 +8,7 @@ re-encoded.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from headspring.artifacts import UserError
 from headspring.artifacts.progress import task
+from headspring.inference.adapters import adapted, merged
 from headspring.inference.embeddings import embed, read_pooling, write_pooling
 from headspring.inference.engine import Engine, EngineConfig, Job, Update
 from headspring.inference.engine.submission import check_ids, require_causal
@@ -29,7 +31,9 @@ from headspring.inference.quantization.reading import read
 from headspring.inference.quantization.scheme import Quantization
 from headspring.inference.sampling_params import SamplingParams
 from headspring.models import save_model, scoring
+from headspring.models.adapter_folder import load_adapter
 from headspring.models.dialects import export_huggingface, expresses
+from headspring.models.lora import Adapter
 from headspring.models.model import ModelModule
 from headspring.models.pooling import Pooling
 from headspring.text.chat import Message
@@ -44,6 +48,7 @@ CHUNK = 512  # tokens of a step
 class LanguageModel:
     """`model` (`torch.nn.Module`), `tokenizer` and `config` (pydantic), ready to be asked.
 
+    `base` and `adapter` are set where it is another one with a LoRA adapter (`with_adapter`).
     `kind` is the stage that made it, where known: a base model (`pretrain`) warns when asked to chat. `folder` is where it
     was loaded from, and may say how its embeddings are pooled."""
 
@@ -53,6 +58,8 @@ class LanguageModel:
         self.config: BaseModel = model.config
         self.kind = kind
         self.folder = folder
+        self.base: LanguageModel | None = None
+        self.adapter: Adapter | None = None
         if tokenizer.vocab_size > self.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {self.vocab_size}: not a pair")
 
@@ -76,13 +83,32 @@ class LanguageModel:
         if revision is not None and source.folder is not None:
             raise UserError(f"revision={revision!r} belongs to a hub name; {source.name} is on this machine")
         folder = source.folder or download(source.name, revision)
-        tokenizer = Tokenizer.load(folder)
-        model = read(folder, precision, quantize, tokenizer)
+        with ThreadPoolExecutor(1) as pool:  # a vocabulary takes as long as the weights, on another core
+            reading = pool.submit(Tokenizer.load, folder)
+            model = read(folder, precision, quantize, reading.result)
+            tokenizer = reading.result()
         if target.type != "cpu" and model.released:
             raise UserError(
                 f"{source.name}: whole numbers are multiplied on the CPU only; use device='cpu', or the float model"
             )
         return cls(model.to(device=target), tokenizer, kind=source.kind, folder=folder)
+
+    def with_adapter(self, adapter: str | Path | Adapter) -> "LanguageModel":
+        """This model with a LoRA adapter (a folder in PEFT's layout, or one made by `LoRA`), as another model that shares all
+        weights with it: for a hundredth of its memory it answers, scores and embeds in its own way. Raises `UserError`."""
+        if self.adapter is not None:
+            raise UserError("this model has an adapter already; take its base, or the model that merged() gives")
+        value = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, self.model)
+        other = LanguageModel(adapted(self.model, value), self.tokenizer, self.kind, self.folder)
+        other.base, other.adapter = self, value
+        return other
+
+    def merged(self) -> "LanguageModel":
+        """The model with its adapter's product in the place of each weight, for a folder of its own. The adapter is then gone,
+        and the base as it was."""
+        if self.base is None or self.adapter is None:
+            raise UserError("merged() is for a model with_adapter(...); this one has none")
+        return LanguageModel(merged(self.base.model, self.adapter), self.tokenizer, self.kind, self.folder)
 
     @property
     def device(self) -> torch.device:
@@ -308,16 +334,19 @@ class LanguageModel:
         """Write a folder that `load` reads: config.json, model.safetensors, tokenizer.json.
 
         In the layout of `transformers` where that has words for the model, else in Headspring's own; a model of whole numbers
-        in that of `inference.quantization.folder`."""
+        in that of `inference.quantization.folder`. An adapter is merged into what is written."""
+        if self.adapter is not None:
+            return self.merged().save(folder)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        theirs = not self.model.released and expresses(self.model.config) is not None
         if self.model.released:
             save_quantized(self.model, folder)
-        elif expresses(self.model.config):
+        elif theirs:
             export_huggingface(self.model, folder, tokens=self.special_tokens())
         else:
             save_model(self.model, folder)
-        self.tokenizer.save(folder)
+        self.tokenizer.save(folder, prompt_start=theirs and self.model.config.causal)
         if (pooling := self._stored_pooling()) is not None:
             write_pooling(folder, pooling, self.model.config.width)
 

@@ -19,7 +19,7 @@ from headspring.models.dialects.gguf import import_gguf
 from headspring.models.folder import is_native, load_model
 from headspring.models.model import ModelModule
 
-MODEL_KINDS = ("pretrain", "sft", "preference", "contrastive", "multimodal")  # in the order of the line
+MODEL_KINDS = ("pretrain", "sft", "preference", "contrastive", "multimodal", "quantize")  # in the order of the line
 BASE_KINDS = ("pretrain",)  # these have never seen a conversation
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
@@ -122,8 +122,9 @@ def download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        raise UserError(f"{name}: no such folder here, and the hub gave no model of that name ({reason})") from error
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+        wanted = f"{name} at revision {revision!r}" if revision else name
+        raise UserError(f"{wanted}: no such folder here, and the hub gave no model of that name ({reason})") from error
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -7,38 +7,59 @@ feed-forward (arXiv 1909.08053).
 
 The matrices that read the stream are split by outputs, those that write to it by inputs, so that a branch needs one sum at its
 end and nothing in between. It is the same module with fewer heads and narrower matrices: pages, kernels, sites and the engine
-work as they are, every process runs the same requests in the same order, and all of them get the same tokens, because a sum
-over processes gives every one the same bits. Placement and sums are PyTorch's (`DTensor`); processes come from `torchrun`.
+work as they are. The first process takes requests, and all make the same steps (`engine.processes`). A sum over processes gives
+every one the same bits. Placement is PyTorch's (`DTensor`), and so are sums; processes come from `torchrun`.
 
 What it gives up: embedding, norms and head are whole on every device; a sum over devices has another order than one matrix, so
 that results equal one device's only up to rounding; and it is for inference, without gradients.
 """
 
 import os
+from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from headspring.artifacts import UserError
+from headspring.inference.engine.config import EngineConfig
+from headspring.inference.engine.processes import FollowingEngine, LeadingEngine, ProcessLost, explain, noticing
 from headspring.models.attention import AttentionModule
 from headspring.models.feedforward import GatedModule, MLPModule
 from headspring.models.model import ModelModule
 from headspring.models.part import Linear
 
+if TYPE_CHECKING:
+    from headspring.inference.language_model import LanguageModel
 
-def join(device_type: str = "cpu") -> DeviceMesh:
-    """The group of processes that `torchrun` started, as a mesh of one dimension: gloo on CPUs, NCCL on GPUs.
+
+def join(device_type: str = "cpu", timeout: float = 60.0) -> DeviceMesh:
+    """The group of processes that `torchrun` started, as a mesh of one dimension: gloo on CPUs, NCCL on GPUs. A process that
+    keeps the others waiting for a sum longer than `timeout` seconds counts as lost.
 
     Raises `UserError` where this process was started alone."""
     if "WORLD_SIZE" not in os.environ:
         raise UserError("tensor parallelism needs several processes: start with torchrun --nproc-per-node N")
-    return init_device_mesh(device_type, (int(os.environ["WORLD_SIZE"]),))
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    return DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=timeout)), device_type)
+
+
+def engine(lm: "LanguageModel", **options: Any) -> LeadingEngine | FollowingEngine:
+    """The engine of this process, for a model that was `split`; all processes call it with the same `options`, the fields of
+    `EngineConfig`. Where it `leads` it is used like any engine, and closed; elsewhere there is `follow()`."""
+    kind = LeadingEngine if dist.get_rank() == 0 else FollowingEngine
+    try:
+        return kind(lm.model, lm.tokenizer, EngineConfig.of(**options))
+    except ProcessLost as lost:
+        explain(lost)
 
 
 def split(model: ModelModule, mesh: DeviceMesh) -> ModelModule:
@@ -133,7 +154,9 @@ def _own(parameter: torch.Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
 
 
 def _summed(mesh: DeviceMesh, part: nn.Module, inputs: Any, y: torch.Tensor) -> torch.Tensor:
-    return DTensor.from_local(y, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+    with noticing():
+        dist.all_reduce(y, group=mesh.get_group())
+    return y
 
 
 def leave() -> None:

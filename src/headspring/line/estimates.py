@@ -101,6 +101,16 @@ def multimodal(config: Any, known: Known) -> Estimate:
     return trained.with_seconds(trained.seconds + 3 * SECONDS_PER_ANSWER * config.validation_questions)
 
 
+def quantize(config: Any, known: Known) -> Estimate:
+    """Both models over the held-out tokens, and with GPTQ the original twice over those of the calibration."""
+    model = known.estimates["model"]
+    if model.seconds_per_token is None:
+        return Estimate(parameters=model.parameters)
+    calibration = 2 * (config.calibration or config.scheme().tokens) if config.method == "int4-gptq" else 0
+    tokens = 2 * config.held_out + calibration
+    return Estimate(FORWARD * model.seconds_per_token * tokens).inheriting(model)
+
+
 def evaluate(config: Any, known: Known) -> Estimate:
     """One forward pass over the held-out bytes, windows overlapping by half, and the answers."""
     rate = known.estimates["model"].seconds_per_token

@@ -15,7 +15,6 @@ trained tokens, experts in one tensor) is refused.
 """
 
 import difflib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from headspring.artifacts.files import read_json, write_atomic, write_json
 from headspring.models.dialects import DIALECTS
 from headspring.models.dialects.losses import losses
 from headspring.models.dialects.moves import Alternating, Grouped, Move, Pairs, Rows, Shape, Then, Transposed
+from headspring.models.dialects.registry import by_name
 from headspring.models.dialects.rules import Rule, their_shapes
 from headspring.models.dialects.weights import Weights
 from headspring.models.lora import Adapter, LowRank, adaptable
@@ -231,17 +231,18 @@ def _table_for(modules: Mapping[str, Any], model: ModelModule, folder: Path) -> 
     raise UserError(f"{folder}: {unknown} is no matrix of this model that can be adapted{hint}")
 
 
-def _tables(model: ModelModule) -> Iterator[dict[str, _Place]]:
+def _tables(model: ModelModule, family: str | None = None) -> Iterator[dict[str, _Place]]:
     """Names in each dialect that is this model (Llama's and Phi-3's may both be), without and with its prefix; ours at last."""
     shapes: dict[str, Shape] = {name: tuple(part.weight.shape) for name, part in adaptable(model).items()}
-    for form in DIALECTS.values():
+    for form in DIALECTS.values() if family is None else [by_name(family)]:
         if not losses(form, model.config):
             places = (_place(rule, shapes) for rule in form.rules(model.config))
-            table = {name: place for name, place in filter(None, places)}
+            table = dict(filter(None, places))
             yield table
             if form.prefix:
                 yield {name.removeprefix(form.prefix): place for name, place in table.items()}
-    yield {name: _Place((name,), (shape,), Rows(), False) for name, shape in shapes.items()}
+    if family is None:
+        yield {name: _Place((name,), (shape,), Rows(), False) for name, shape in shapes.items()}
 
 
 def _place(rule: Rule, shapes: Mapping[str, Shape]) -> tuple[str, _Place] | None:
@@ -268,12 +269,17 @@ def _moves_rows(move: Move, last: bool = True) -> bool:
 # ---- writing
 
 
-def save_adapter(adapter: Adapter, model: ModelModule, folder: str | Path, base: str | None = None) -> None:
+def save_adapter(
+    adapter: Adapter, model: ModelModule, folder: str | Path, base: str | None = None, family: str | None = None
+) -> None:
     """Write `adapter` as PEFT reads it, with the names that `model` has in `transformers` (our own, where it has none there).
 
-    `base` says which model it is for. Tensors keep their dtype. Raises `UserError` where it does not fit `model`."""
+    `base` says which model it is for, `family` an architecture (`Phi3ForCausalLM`); by default the first that expresses the
+    model. Tensors keep their dtype. Raises `UserError` where the adapter does not fit `model`, or the model not the family."""
     adapter.check(model)
-    table = next(table for table in _tables(model) if table)
+    table = next((table for table in _tables(model, family) if table), None)
+    if table is None:
+        raise UserError(f"{family} cannot express this model, so its names mean nothing here")
     joined = {module: whole for module, place in table.items() if (whole := _joined(place, adapter)) is not None}
     tensors: dict[str, Tensor] = {}
     for module, part in joined.items():

@@ -6,13 +6,13 @@ hides most keys is read sparsely (`block_sparse`) where that is worthwhile; a sl
 """
 
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from headspring.models import block_sparse, kernels, strided
+from headspring.models import block_sparse, flex, kernels, strided
 from headspring.models.attend import Scoring, added, attention, scored_pattern, weigh
 from headspring.models.chosen import Chosen
 from headspring.models.context import Context, Visibility
@@ -102,8 +102,10 @@ class AttentionModule(ProjectedModule):
             return
         if self._holds(context):
             self._held(context)
-        elif self._gathers(context) and self.chosen is not None:
+        elif self.chosen is not None and (self._flexes(context) or self._gathers(context)):
             block_sparse.lay_out(context, self.chosen.block)
+        elif self._flexes(context):
+            self._tiles(context)
         elif self._gathers(context) and isinstance(self._mask, Strided):
             self._columns(self._mask, context)
         elif self._gathers(context):
@@ -152,7 +154,8 @@ class AttentionModule(ProjectedModule):
             return kernels.paged_attention(q[0], pages, ragged, window, scoring.scale)[None]
         if causal and (on_gpu := kernels.pages_on_gpu(q)) is not None:
             return self._attend_on_gpu(on_gpu, q[0], pages, ragged)[None]
-        if causal and len(ragged.counts) > 1 and all(count == 1 for count in ragged.counts):
+        several = len(ragged.counts) > 1 or ragged.longest is not None
+        if causal and several and all(count == 1 for count in ragged.counts):
             return self._attend_together(q, pages, ragged, scoring)
         parts = []
         for number, span, own in ragged.alone():
@@ -185,7 +188,8 @@ class AttentionModule(ProjectedModule):
             place = torch.arange(length, device=q.device)
             seen = self._mask.allowed(ends - 1, place) & (place < ends)
             keys, values = pages.gather_several(rows, ragged, length)
-            values = values.masked_fill(~seen[:, None, :, None], 0)  # 0 · NaN would be NaN, and nobody knows what stands there
+            hidden = ~seen[:, None, :, None]  # 0 · NaN would be NaN, and nobody knows what stands there
+            keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
             parts.append(attention(q[0, rows, :, None], keys, values, Visibility(seen[:, None, None], causal=False), scoring))
         return torch.cat(parts)[:, :, 0][None]
 
@@ -194,7 +198,7 @@ class AttentionModule(ProjectedModule):
         heads, mixed = (self.heads, self.kv_heads), linear(x, self.q, self.k, self.v)
         q_norm, k_norm, fuses = self.q_norm, self.k_norm, self.position.fuses
         if fuses and isinstance(q_norm, RMSNormModule) and isinstance(k_norm, RMSNormModule):
-            gains = q_norm.gain.to(x.device), k_norm.gain.to(x.device)
+            gains = q_norm.gain_for(x), k_norm.gain_for(x)
             return kernels.place_heads(mixed, heads, gains, self.position.rotation(context), q_norm.epsilon)
         if fuses and q_norm is None and k_norm is None:
             return kernels.place_heads(mixed, heads, None, self.position.rotation(context))
@@ -218,6 +222,17 @@ class AttentionModule(ProjectedModule):
     def _gathers(self, context: Context) -> bool:
         """Whether blocks of queries read lists of keys."""
         return "pattern" not in self.watched and block_sparse.worthwhile(self.value.mask, context)
+
+    def _flexes(self, context: Context) -> bool:
+        """Whether a kernel compiled for this mask and scoring reads it, and the fused one does not."""
+        plain = self.chosen is None and self._mask.shows_all(context.time)
+        plain = plain and context.segments is None and context.padding is None
+        fused = self.value.softcap is None and self.sinks is None and not self.position.biased
+        return "pattern" not in self.watched and not (plain and fused) and flex.serves(context, self.channels)
+
+    def _tiles(self, context: Context) -> Any:
+        """The tiles that such a kernel reads, of a mask that depends on positions alone."""
+        return context.once(f"tiles: {self._mask_key}", lambda: flex.block_mask(self._mask, context))
 
     def _maybe_native(self, context: Context) -> bool:
         """Whether the operator for windows may take this; its dtype is not known before the first layer runs."""
@@ -246,28 +261,23 @@ class AttentionModule(ProjectedModule):
 
     def _columns(self, mask: Strided, context: Context) -> tuple[block_sparse.Blocks, strided.Biases]:
         """The rows of a strided layout, and what is added to the scores of windows and of columns."""
-        blocks = block_sparse.lay_out(context, mask.stride)
-
-        def make() -> strided.Biases:
-            near, far = strided.relative(mask, blocks)
-            return self.position.between(near, context), self.position.between(far, context)
-
-        return blocks, context.once(f"columns: {self._bias_key}", make)
+        return context.once(f"columns: {self._bias_key}", lambda: strided.columns(mask, self.position, context))
 
     def _list_bias(self, lists: block_sparse.Lists, context: Context) -> torch.Tensor | None:
-        """(B or 1, H, N, size, L)."""
-        if not self.position.biased:
-            return None
-        groups = lists.relative.shape[1]
-        bias = self.position.between(lists.relative, context)  # (B or 1, K or 1, N, H, size, L)
-        assert bias is not None
-        head = torch.arange(self.heads, device=bias.device)
-        return bias[:, head * groups // self.heads, :, head].transpose(0, 1)
+        return block_sparse.bias(lists, self.position, self.heads, context)
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asks: torch.Tensor | None, context: Context
     ) -> torch.Tensor:
         scoring = Scoring(self.value.scale, self.value.softcap, self.sinks)
+        if self._flexes(context):
+            if self.chosen is not None and asks is not None:
+                blocks = block_sparse.lay_out(context, self.chosen.block)
+                choice = block_sparse.choices(self.chosen, blocks, asks, k)
+                tiles = flex.chosen_block_mask(self.chosen, blocks, choice, context, self.heads)
+            else:
+                tiles = self._tiles(context)
+            return flex.flex_attention(q, k, v, tiles, scoring, self.position, context)
         if self._gathers(context) and not (self._maybe_native(context) and kernels.attends_natively(q, v)):
             if isinstance(self._mask, Strided):
                 return strided.strided_attention(q, k, v, self._mask, *self._columns(self._mask, context), scoring)

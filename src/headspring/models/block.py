@@ -119,7 +119,7 @@ class BranchModule(nn.Module):
     def read(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream, x + y, and what `f` sees of it."""
         if isinstance(self.pre, RMSNormModule):
-            return kernels.add_rms_norm(x, y, self.pre.gain, self.pre.epsilon)
+            return kernels.add_rms_norm(x, y, self.pre.gain_for(x), self.pre.epsilon)
         x = x if y is None else x + y
         return x, x if self.pre is None else self.pre(x)
 

@@ -12,7 +12,7 @@ longer than its block, what was gathered is not kept for the backward pass but g
 Why not FlexAttention: on the CPU it has no backward pass, and this is plain torch that runs anywhere. What it gives up:
 keys are copied as often as lists name them, which a fused kernel would not do. Copying a key costs about as much as `PRICE`
 queries that look at it, so that short blocks do not pay: `worthwhile` compares with one dense call under a mask, by constants
-measured on a CPU in float32. By that rule `Strided`, whose blocks are short, is read sparsely for its memory, not its time.
+measured on a CPU in float32. A mask whose queries share few keys has no lists worth their copies: see `strided`.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,14 @@ from torch.utils.checkpoint import checkpoint
 from headspring.models.attend import Scoring, attention, seen
 from headspring.models.chosen import Chosen, choose
 from headspring.models.context import Context, Visibility
-from headspring.models.mask import Mask
+from headspring.models.mask import Mask, Strided
+from headspring.models.position.base import PositionModule
 
 PRICE = 110  # queries of one block that see a key in the time of gathering it
 GAIN = 1.25  # the price of a seen key in a list, in keys of a dense mask
 LONG = 4096  # keys from which on the memory of a dense mask decides
-KEPT = 4  # times the keys: what gathering may keep for the backward pass
+COLUMN, LAID_OUT = 2, 600  # the prices of a key formed by `strided` and of its layout, in keys of a dense mask
+KEPT = 6  # times the keys: what gathering may keep for the backward pass
 ROWS = 1 << 18  # gathered keys at a time, where they are not kept
 
 
@@ -84,6 +86,8 @@ def worthwhile_at(mask: Mask, time: int) -> bool:
     block = mask.query_block
     if block is None or time < 2 * block:
         return False
+    if isinstance(mask, Strided):
+        return COLUMN * mask.keys_formed(time) + LAID_OUT <= time
     longest = block * (mask.top + 1) if isinstance(mask, Chosen) else _listed_at(mask, block, time)
     quick = GAIN * longest * (1 + PRICE / block) <= time
     return quick or (time >= LONG and 2 * longest <= time)
@@ -134,7 +138,7 @@ def listed(mask: Mask, context: Context) -> Lists:
 
 def chosen(mask: Chosen, blocks: Blocks, asks: torch.Tensor, k: torch.Tensor) -> Lists:
     """The lists that the queries `asks` and keys `k`, (B, K, T, C) each, choose."""
-    choice = _choice(mask, blocks, asks, k)
+    choice = choices(mask, blocks, asks, k)
     batch, heads = choice.shape[:2]
     first = torch.arange(blocks.index.shape[1], device=k.device) - blocks.index
     offset = torch.arange(mask.block, device=k.device)
@@ -153,7 +157,7 @@ def _with_everything_seen(blocks: Blocks, keys: torch.Tensor, positions: torch.T
     return Lists(blocks, keys, positions, sees | (blocks.slots == blocks.tokens)[:, None, ..., None])
 
 
-def _choice(mask: Chosen, blocks: Blocks, asks: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def choices(mask: Chosen, blocks: Blocks, asks: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     def pooled(x: torch.Tensor) -> torch.Tensor:
         return take(x.detach(), blocks.slots.flatten(1)[:, None, None]).unflatten(2, (-1, mask.block))
 
@@ -164,7 +168,7 @@ def shown(
     mask: Chosen, base: Visibility, blocks: Blocks, asks: torch.Tensor, k: torch.Tensor, time: int, heads: int
 ) -> Visibility:
     """What is chosen as one dense mask (B, H, T, S), for the last `time` tokens as queries: the definition of the lists."""
-    choice = _choice(mask, blocks, asks, k)
+    choice = choices(mask, blocks, asks, k)
     batch, groups, count, _ = choice.shape
     looks = torch.zeros(batch, groups, count, count + 1, dtype=torch.bool, device=k.device)
     looks.scatter_(3, torch.where(choice < 0, count, choice), True)
@@ -174,6 +178,17 @@ def shown(
     allowed = seen(base, time, k.shape[2], k.device)
     dense = dense if allowed is None else dense & allowed
     return Visibility(dense.repeat_interleave(heads // groups, dim=1), causal=False)
+
+
+def bias(lists: Lists, position: PositionModule, heads: int, context: Context) -> torch.Tensor | None:
+    """What a position adds to the scores between blocks and their lists: (B or 1, H, N, size, L)."""
+    if not position.biased:
+        return None
+    groups = lists.relative.shape[1]
+    found = position.between(lists.relative, context)  # (B or 1, K or 1, N, H, size, L)
+    assert found is not None
+    head = torch.arange(heads, device=found.device)
+    return found[:, head * groups // heads, :, head].transpose(0, 1)
 
 
 def take(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -193,8 +208,8 @@ def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: Li
         queries = take(q, lists.blocks.slots[:, None, start:end])
         tokens = lists.tokens[:, :, start:end]
         sees = _as_batch(lists.sees[:, :, start:end], batch, q.shape[1])
-        bias = None if scoring.bias is None else _as_batch(scoring.bias[:, :, start:end], batch, q.shape[1])
-        y = attention(queries, take(k, tokens), take(v, tokens), Visibility(sees, causal=False), scoring.with_bias(bias))
+        added = None if scoring.bias is None else _as_batch(scoring.bias[:, :, start:end], batch, q.shape[1])
+        y = attention(queries, take(k, tokens), take(v, tokens), Visibility(sees, causal=False), scoring.with_bias(added))
         return y.unflatten(0, (batch, -1))
 
     longest = lists.tokens.shape[-1]

@@ -109,7 +109,9 @@ class EmbedModule(Table):
         """`positions` (B or 1, T) int64; `types` (B, T) int64, all of type 0 where it is left out."""
         x = self.read(tokens, dtype)
         if self.value.scale is not None:
-            x = x * torch.tensor(self.value.scale, dtype=dtype, device=x.device)
+            x = x * torch.full(
+                (), self.value.scale, dtype=dtype, device=x.device
+            )  # made on the device: a CUDA graph copies nothing to it
         if self.widen is not None:
             x = self.widen(x)
         if self.positions is not None:

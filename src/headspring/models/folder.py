@@ -50,7 +50,6 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> ModelModule:
         config = Model.choose(description["model"])
     except (KeyError, ValidationError) as error:
         raise CorruptArtifact(f"{folder / CONFIG}: not a model description ({json.dumps(str(error))[:120]})") from error
-    model = config.module()
     try:
         content_hash = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
         tensors = load_file(folder / WEIGHTS)
@@ -58,10 +57,21 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> ModelModule:
         raise CorruptArtifact(f"{folder / WEIGHTS}: cannot be read ({error})") from error
     if content_hash != description.get("weights_sha256"):
         raise CorruptArtifact(f"{folder / WEIGHTS}: content differs from the hash in {CONFIG}")
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = _shapes(config, folder)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected != found:
-        wrong = sorted(set(expected.items()) ^ set(found.items()))
-        raise CorruptArtifact(f"{folder / WEIGHTS}: tensors do not fit the config: {wrong[:4]}")
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            ours, theirs = (list(each[name]) if name in each else "missing" for each in (expected, found))
+            raise CorruptArtifact(f"{folder / WEIGHTS}: {name} is {theirs} in the file and {ours} in the model of {CONFIG}")
+    model = config.module()  # which is as large as the file, now that the shapes are the same
     model.load_state_dict(tensors, assign=True)
     return model.to(device)
+
+
+def _shapes(config: Model, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Those that a model's tensors would have, found without memory for them."""
+    try:
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in config.module().state_dict().items()}
+    except (ValueError, RuntimeError) as error:
+        raise CorruptArtifact(f"{folder / CONFIG}: no model has these sizes ({str(error).splitlines()[0][:120]})") from error

@@ -2,10 +2,18 @@
 
     y[start_e : end_e] = x[start_e : end_e] W_eᵀ + b_e
 
-(token, choice) pairs are laid out by expert. Where experts have many rows each, a slice is filled up to whole `TILE`s with
-rows that nobody reads: a CPU's bfloat16 product is compiled for its sizes when it first runs, which takes thirty times as
-long as the product itself, and how many rows an expert has is new in every step. With tiles a few sizes come back again and
-again. On a GPU `grouped_mm` is one launch for all slices; on a CPU it is this loop without the tiles.
+(token, choice) pairs are laid out by expert. Three ways to multiply them:
+
+| where | forward and backward |
+| --- | --- |
+| bfloat16 on a CPU with native products | packed matrices (`expert_matrices`), the same for training, scoring and serving |
+| bfloat16 on a GPU | `grouped_mm`, one launch for all slices |
+| elsewhere | torch's product of each slice |
+
+The first gives a row its bits from that row and its expert alone, whoever else goes to the expert. The last does not, and in
+bfloat16 torch compiles a product for its sizes when it first runs, which takes thirty times as long as the product itself,
+while how many rows an expert has is new in every step. So slices are filled up there to whole `TILE`s with rows that nobody
+reads, and a few sizes come back again and again.
 
 Everything here gathers rows or multiplies them, forward and backward, and never adds to a place twice, so that results do
 not depend on the order of threads.
@@ -16,6 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from headspring.models import kernels
+from headspring.models.expert_matrices import NativeGroupedLinear, slices
 
 TILE = 64
 
@@ -33,14 +44,15 @@ class Layout:
     dropped: torch.Tensor | None
 
 
-def lay_out(chosen: torch.Tensor, kept: torch.Tensor | None, experts: int) -> Layout:
-    """Pairs by expert and, for one expert, in order. chosen (N, K) int64; kept (N, K) bool, None where all are."""
+def lay_out(chosen: torch.Tensor, kept: torch.Tensor | None, experts: int, tiled: bool = True) -> Layout:
+    """Pairs by expert and, for one expert, in order, filled up to whole tiles where `tiled` and worth it. chosen (N, K) int64;
+    kept (N, K) bool, None where all are."""
     pairs, dropped = chosen.flatten(), None
     if kept is not None:
         dropped = ~kept.flatten()
         pairs = torch.where(dropped, experts, pairs)
     counts = torch.bincount(pairs, minlength=experts)[:experts]
-    tile = TILE if len(pairs) >= TILE * experts else 1
+    tile = TILE if tiled and len(pairs) >= TILE * experts else 1
     sizes = (counts + tile - 1) // tile * tile
     ends: list[int] = sizes.cumsum(0).tolist()
     order = pairs.argsort(stable=True)
@@ -60,9 +72,10 @@ def dispatch(tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
     return _Dispatch.apply(tokens, layout)
 
 
-def collect(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The pairs of rows (M, D), (N, K, D); 0 where one was dropped."""
-    return _Collect.apply(rows, layout)
+def collect(rows: torch.Tensor, weights: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Σ over k of weights[n, k] · the row of pair (n, k): rows (M, D), weights (N, K) float32 → (N, D) in the rows' dtype,
+    summed in float32 in the order of k. Nothing comes from a pair that was dropped."""
+    return _Collect.apply(rows, weights, layout)
 
 
 def over_choices(pairs: torch.Tensor) -> torch.Tensor:
@@ -70,18 +83,32 @@ def over_choices(pairs: torch.Tensor) -> torch.Tensor:
     return functools.reduce(torch.add, pairs.unbind(1))
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ends: Sequence[int]) -> torch.Tensor:
-    """(M, inputs) → (M, outputs) in the dtype of x. weight (E, outputs, inputs), bias (E, outputs); the rows of expert e end
-    at `ends[e]`, and the last of them is M."""
+def grouped_linear(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], ends: Sequence[int]
+) -> torch.Tensor:
+    """(M, inputs) → (M, Σ outputs) in the dtype of x, of several matrices side by side: weights (E, outputs, inputs), biases
+    (E, outputs); the rows of expert e end at `ends[e]`, and the last of them is M."""
+    if kernels.multiplies_natively(x):
+        y = NativeGroupedLinear.apply(x, tuple(ends), *weights)
+    else:
+        parts = [_grouped_linear(x, weight, ends) for weight in weights]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return add_biases(y, biases, ends)
+
+
+def add_biases(y: torch.Tensor, biases: Sequence[torch.Tensor], ends: Sequence[int]) -> torch.Tensor:
+    """y (M, Σ outputs) plus the bias of each row's expert."""
+    if not biases:
+        return y
+    sizes = torch.tensor([end - start for start, end in slices(ends)], device=y.device)
+    return y + torch.cat([bias.to(y.dtype) for bias in biases], dim=-1).repeat_interleave(sizes, dim=0)
+
+
+def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
     if fits_grouped_kernel(x, weight):
         offsets = torch.tensor(ends, dtype=torch.int32, device=x.device)
-        y = torch.nn.functional.grouped_mm(x, weight.to(x.dtype).mT, offs=offsets)
-    else:
-        y = _GroupedLinear.apply(x, weight, tuple(ends))
-    if bias is None:
-        return y
-    sizes = torch.tensor([end - start for start, end in _slices(ends)], device=x.device)
-    return y + bias.to(y.dtype).repeat_interleave(sizes, dim=0)
+        return torch.nn.functional.grouped_mm(x, weight.to(x.dtype).mT, offs=offsets)
+    return _GroupedLinear.apply(x, weight, tuple(ends))
 
 
 def fits_grouped_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -89,18 +116,14 @@ def fits_grouped_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:])
 
 
-def _slices(ends: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip((0, *ends[:-1]), ends))
-
-
 def _rows(pairs: torch.Tensor, layout: Layout) -> torch.Tensor:
     """(N·K, D) → (M, D), 0 for fillers."""
-    return pairs[layout.pair_of_row].index_fill_(0, layout.fillers, 0.0)
+    return pairs.index_select(0, layout.pair_of_row).index_fill_(0, layout.fillers, 0.0)
 
 
 def _pairs(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
     """(M, D) → (N·K, D), 0 where dropped."""
-    pairs = rows[layout.row_of_pair] if len(rows) else rows.new_zeros(len(layout.row_of_pair), rows.shape[1])
+    pairs = rows.index_select(0, layout.row_of_pair) if len(rows) else rows.new_zeros(len(layout.row_of_pair), rows.shape[1])
     return pairs if layout.dropped is None else pairs.masked_fill_(layout.dropped[:, None], 0.0)
 
 
@@ -108,7 +131,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, layout):
         ctx.layout = layout
-        return tokens[layout.pair_of_row // layout.top].index_fill_(0, layout.fillers, 0.0)
+        return tokens.index_select(0, layout.pair_of_row // layout.top).index_fill_(0, layout.fillers, 0.0)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -117,13 +140,32 @@ class _Dispatch(torch.autograd.Function):
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, layout):
+    def forward(ctx, rows, weights, layout):
+        ctx.save_for_backward(rows, weights)
         ctx.layout = layout
-        return _pairs(rows, layout).unflatten(0, (-1, layout.top))
+        if kernels.use_native(rows):
+            return kernels.built().combine(rows, weights.contiguous(), _places(layout))
+        pairs = _pairs(rows, layout).unflatten(0, (-1, layout.top))
+        return over_choices(pairs.float() * weights[..., None]).to(rows.dtype)
 
     @staticmethod
     def backward(ctx, gradient):
-        return _rows(gradient.flatten(0, 1), ctx.layout), None
+        (rows, weights), layout = ctx.saved_tensors, ctx.layout
+        if kernels.use_native(rows):
+            grad_rows = torch.empty_like(rows).index_fill_(0, layout.fillers, 0.0)
+            weights = weights.contiguous()
+            operators, gradient = kernels.built(), gradient.contiguous()
+            return grad_rows, operators.combine_backward(gradient, rows, weights, _places(layout), grad_rows), None
+        wide = gradient.float()[:, None]
+        pairs = _pairs(rows, layout).unflatten(0, (-1, layout.top))
+        grad_weights = (wide * pairs.float()).sum(-1)
+        return _rows((wide * weights[..., None]).to(rows.dtype).flatten(0, 1), layout), grad_weights, None
+
+
+def _places(layout: Layout) -> torch.Tensor:
+    """(N, K) int64: the row of each pair, -1 where it was dropped."""
+    place = layout.row_of_pair if layout.dropped is None else layout.row_of_pair.masked_fill(layout.dropped, -1)
+    return place.view(-1, layout.top)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -134,7 +176,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.ends = ends
         y = x.new_empty(len(x), weight.shape[1])
-        for expert, (start, end) in enumerate(_slices(ends)):
+        for expert, (start, end) in enumerate(slices(ends)):
             if end > start:
                 torch.mm(x[start:end], weight[expert].to(x.dtype).T, out=y[start:end])
         return y
@@ -144,7 +186,7 @@ class _GroupedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
-        for expert, (start, end) in enumerate(_slices(ctx.ends)):
+        for expert, (start, end) in enumerate(slices(ctx.ends)):
             if end > start:
                 upstream = gradient[start:end]
                 torch.mm(upstream, weight[expert], out=grad_x[start:end])

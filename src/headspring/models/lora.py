@@ -73,8 +73,8 @@ class Adapter:
     parts: Mapping[str, LowRank]
 
     @cached_property
-    def digest(self) -> str:
-        """Of everything that it computes: two adapters with the same digest are the same function."""
+    def key(self) -> str:
+        """Of everything that it computes: adapters with the same key are the same function."""
         hasher = hashlib.sha256()
         for name, part in sorted(self.parts.items()):
             hasher.update(f"{name} {part.scale} ".encode())
@@ -211,6 +211,11 @@ class Stacked:
             start += width(part.rank)
         self.down, self.up = (factor.to(device, dtype) for factor in (down, up))
         self._packed = {dtype: (pack_bf16(self.down), pack_bf16(self.up))} if kernels.multiplies_natively(self.down) else {}
+
+    @property
+    def native(self) -> bool:
+        """Whether its products are the native ones, which sum in order."""
+        return bool(self._packed)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(…, I) → (…, O)."""

@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from headspring.artifacts.value import Variant
 
 BLOCK = 128  # queries that share a list of keys, at most
+RUN = 16  # queries that share a strided window, at least
 
 
 class Mask(Variant):
@@ -200,3 +201,18 @@ class Strided(Mask):
     @property
     def query_block(self) -> int:
         return self.stride
+
+    @property
+    def run(self) -> int:
+        """Queries that read their window together: the shortest run of at least half a window that divides the stride."""
+        least = min(self.stride, max(RUN, self.local // 2))
+        return next(run for run in range(least, self.stride + 1) if self.stride % run == 0)
+
+    @property
+    def reach(self) -> int:
+        """Runs before its own that a query's window reaches into."""
+        return -(-(self.local - 1) // self.run)
+
+    def keys_formed(self, length: int) -> float:
+        """The keys that a query of a sequence of `length` tokens is multiplied with, on average, seen or not."""
+        return self.run * (1 + self.reach) + length / self.stride / 2

@@ -12,19 +12,22 @@ up: the model that answers sees a little more than the one that learned.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from headspring.artifacts import UserError
 from headspring.artifacts.value import Value
 from headspring.models import kernels
+from headspring.models.expert_matrices import PackedExperts, products, versions_of
 from headspring.models.feedforward import FeedForward, FeedForwardModule, SwiGLU
-from headspring.models.grouped import collect, dispatch, grouped_linear, lay_out, over_choices
+from headspring.models.grouped import add_biases, collect, dispatch, grouped_linear, lay_out
+from headspring.models.kernels.packed import Kind, PackedMatrix
 from headspring.models.model import ModelModule
 from headspring.models.part import Cost, Linear, ParameterRule, PartModule, constant, normal
 from headspring.models.routing import Router, Routing, SoftmaxRouter, within_capacity
@@ -106,11 +109,26 @@ class MoEModule(FeedForwardModule):
         return Cost.sum(name, tuple(parts), f"{self.value.top} of {self.value.experts} experts of {self.value.hidden}")
 
 
+@functools.cache
+def _leave_graphs() -> None:
+    """Compiled graphs end before `Experts.forward`: how many rows an expert has is known only when it runs. Said when the first
+    is built, as torch's compiler takes a second to import, which models without experts are spared."""
+    Experts.forward = torch.compiler.disable(Experts.forward)  # type: ignore[method-assign]
+
+
 class Experts(PartModule):
-    """x (B, T, D) and a routing → (B, T, D). All experts' weights in one tensor for each product, (E, outputs, inputs)."""
+    """x (B, T, D) and a routing → (B, T, D). All experts' weights in one tensor for each product, (E, outputs, inputs).
+
+    A model that is packed for serving multiplies by `packed_experts` instead. `watcher` is told of every product: the names of
+    the weights, the rows that they multiply and where those of each expert end.
+    """
+
+    packed_experts: PackedExperts | None = None
+    watcher: "ClassVar[Callable[[Experts, tuple[str, ...], torch.Tensor, tuple[int, ...]], object] | None]" = None
 
     def __init__(self, value: MoE, width: int):
         super().__init__()
+        _leave_graphs()
         experts, hidden = value.experts, value.hidden
         self.clamp, self.top = value.clamp, value.top
         self.gate = nn.Parameter(torch.empty(experts, hidden, width))
@@ -128,21 +146,56 @@ class Experts(PartModule):
             rules |= dict.fromkeys(("gate_bias", "up_bias", "out_bias"), ParameterRule(constant(0.0), "vector"))
         return rules
 
-    @torch.compiler.disable  # how many rows an expert has is known only when it runs
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         kept = None if routing.kept is None else routing.kept.flatten(0, 1)
-        layout = lay_out(routing.chosen.flatten(0, 1), kept, len(self.gate))
+        packed = self._serving()
+        tiled = packed is None and not kernels.multiplies_natively(rows)
+        layout = lay_out(routing.chosen.flatten(0, 1), kept, len(self.gate), tiled)
         inputs = dispatch(rows, layout)
-        gate = grouped_linear(inputs, self.gate, self.gate_bias, layout.ends)
-        up = grouped_linear(inputs, self.up, self.up_bias, layout.ends)
-        pairs = collect(grouped_linear(self._gated(gate, up), self.out, self.out_bias, layout.ends), layout)
-        weights = routing.weights.reshape(-1, self.top, 1).to(pairs.dtype)
-        return over_choices(pairs * weights).view_as(x)
+        both = self._multiply(inputs, ("gate", "up"), None if packed is None else packed.inward, layout.ends)
+        outward = None if packed is None else tuple((matrix,) for matrix in packed.outward)
+        rows = self._multiply(self._gated(both), ("out",), outward, layout.ends)
+        return collect(rows, routing.weights.reshape(-1, self.top), layout).view_as(x)
 
-    def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def _serving(self) -> PackedExperts | None:
+        """The packed matrices, unless the weights are about to learn or have changed."""
+        if self.packed_experts is not None and torch.is_grad_enabled() and self.gate.requires_grad:
+            self.unpack()
+        return self.packed_experts
+
+    def _multiply(
+        self,
+        x: torch.Tensor,
+        names: tuple[str, ...],
+        packed: Sequence[tuple[PackedMatrix, ...]] | None,
+        ends: tuple[int, ...],
+    ) -> torch.Tensor:
+        if Experts.watcher is not None:
+            Experts.watcher(self, names, x, ends)
+        biases = [bias for name in names if (bias := getattr(self, f"{name}_bias")) is not None]
+        if packed is None:
+            return grouped_linear(x, [getattr(self, name) for name in names], biases, ends)
+        return add_biases(products(x, packed, ends), biases, ends)
+
+    def pack(self, kind: Kind = "bf16") -> None:
+        """For serving; bfloat16 is packed anew where weights have changed. Whole numbers stay."""
+        held, weights = self.packed_experts, (self.gate, self.up, self.out)
+        if held is not None and held.kind == "bf16" and held.versions != versions_of(*weights) and self.gate.is_contiguous():
+            self.unpack()
+        if self.packed_experts is None:
+            self.packed_experts = PackedExperts.of_floats(*weights, kind)
+
+    def unpack(self) -> None:
+        """Multiply by the float weights again. Raises `UserError` where there are none."""
+        if self.packed_experts is not None and (self.packed_experts.kind != "bf16" or not self.gate.is_contiguous()):
+            raise UserError("this model is quantized, or its float weights were released: it cannot be trained; load it again")
+        self.packed_experts = None
+
+    def _gated(self, both: torch.Tensor) -> torch.Tensor:
         if self.clamp is None:
-            return kernels.silu_multiply(gate, up)
+            return kernels.silu_multiply_halves(both)
+        gate, up = both.chunk(2, dim=-1)
         gate, up = gate.clamp(max=self.clamp.limit), up.clamp(-self.clamp.limit, self.clamp.limit)
         return gate * torch.sigmoid(self.clamp.alpha * gate) * (up + 1)
 

@@ -83,8 +83,12 @@ class RMSNormModule(NormModule):
             return torch.ones(self.width)
         return self.weight.float() + 1.0 if self.value.plus_one else self.weight
 
+    def gain_for(self, x: torch.Tensor) -> torch.Tensor:
+        """The same where `x` is: ones are made there, because what a CUDA graph replays can copy nothing to the device."""
+        return torch.ones(self.width, device=x.device) if self.weight is None else self.gain
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.rms_norm(x, self.gain.to(x.device), self.epsilon)
+        return kernels.rms_norm(x, self.gain_for(x), self.epsilon)
 
     def cost(self, name: str) -> Cost:
         parameters = 0 if self.weight is None else self.width

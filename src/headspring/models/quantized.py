@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 SIGNED, UNSIGNED = (-8, 7), (0, 15)  # four bits
+CHUNK = 1 << 16  # numbers that are worked on together, so that they stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +54,15 @@ class QuantizedMatrix:
         numbers = self.scales.numel() * (1 if self.minimums is None else 2)
         return self.values.numel() * self.bits + 16 * numbers
 
-    def dequantized(self) -> torch.Tensor:
-        """(O, I) float32, exactly the formula of this file: rounded after the product, and after the sum."""
-        wide = self.values.float().unflatten(1, (-1, self.group))
-        wide = wide.mul_(self.scales[:, :, None])
-        return (wide if self.minimums is None else wide.add_(self.minimums[:, :, None])).flatten(1)
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(O, I), exactly the formula of this file: in float32, rounded after the product and the sum, and then to `dtype`."""
+        whole = torch.empty(self.shape, dtype=dtype)
+        some = max(1, CHUNK // self.shape[1])
+        minimums = [None] * len(whole) if self.minimums is None else self.minimums.split(some)
+        for values, scales, minimum, rows in zip(self.values.split(some), self.scales.split(some), minimums, whole.split(some)):
+            wide = values.float().unflatten(1, (-1, self.group)).mul_(scales[:, :, None])
+            rows.copy_((wide if minimum is None else wide.add_(minimum[:, :, None])).flatten(1))
+        return whole
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """(…, I) float32 of outputs (…) int64: what an embedding reads."""
@@ -71,3 +76,10 @@ class QuantizedMatrix:
         minimums = [None] * len(sizes) if self.minimums is None else self.minimums.split(list(sizes))
         parts = zip(self.values.split(list(sizes)), self.scales.split(list(sizes)), minimums, strict=True)
         return [QuantizedMatrix(values, scales, minimum, self.bits) for values, scales, minimum in parts]
+
+
+def beside(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """The inverse of `split`: matrices with the same bits, inputs and groups, their outputs one after the other."""
+    minimums = [matrix.minimums for matrix in matrices if matrix.minimums is not None]
+    values, scales = torch.cat([matrix.values for matrix in matrices]), torch.cat([matrix.scales for matrix in matrices])
+    return QuantizedMatrix(values, scales, torch.cat(minimums) if minimums else None, matrices[0].bits)

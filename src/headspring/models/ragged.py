@@ -105,7 +105,7 @@ class Ragged:
     @cached_property
     def contexts(self) -> list[Context]:
         """Each sequence's own context, as if it were alone."""
-        read = [memory.hidden for memory in self.memories] or [None] * len(self.counts)
+        read: Sequence[torch.Tensor | None] = [memory.hidden for memory in self.memories] or [None] * len(self.counts)
         device = self.positions.device
         return [Context.of(count, past, None, None, device, one) for past, count, one in zip(self.past, self.counts, read)]
 

@@ -26,6 +26,7 @@ from pydantic import Field
 from torch import nn
 
 from headspring.artifacts.value import Variant
+from headspring.models import kernels
 from headspring.models.part import Cost, ParameterRule, PartModule, constant, normal
 
 
@@ -143,6 +144,8 @@ class RouterModule(PartModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.float()
+        if kernels.multiplies_natively(x):  # a token's logits must not depend on how many stand beside it
+            return _Logits.apply(x, self.weight.float(), bias)
         return nn.functional.linear(x.float(), self.weight.float(), bias)
 
     def route(self, logits: torch.Tensor) -> Routing:
@@ -172,6 +175,22 @@ class RouterModule(PartModule):
         experts, width = self.weight.shape
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return Cost(name, parameters, 2.0 * experts * width, 4.0 * (width + experts), 0.0, f"{self.top} of {experts}")
+
+
+class _Logits(torch.autograd.Function):
+    """x (..., D) bfloat16, weight (E, D) and bias (E,) or None float32 → (..., E) float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return kernels.built().router_logits(x.contiguous(), weight.contiguous(), bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        flat = gradient.flatten(0, -2)
+        grad_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
+        return (gradient @ weight).to(x.dtype), flat.T @ x.flatten(0, -2).float(), grad_bias
 
 
 class SoftmaxRouterModule(RouterModule):

@@ -21,38 +21,29 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from headspring.models.attend import Scoring
-from headspring.models.block_sparse import Blocks, take
+from headspring.models.block_sparse import Blocks, lay_out, take
+from headspring.models.context import Context
 from headspring.models.mask import Strided
+from headspring.models.position.base import PositionModule
 
 SCORES = 1 << 20  # numbers of a pattern that are held at a time in training
-SHARE = 0.5  # of a window: the shortest run of queries that reads its window together
-RUN = 16  # queries of a run, at least
 
 
 Biases = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
-def run_of(mask: Strided) -> int:
-    """Queries that read their window together: the shortest run of at least half a window that divides the stride."""
-    least = min(mask.stride, max(RUN, int(SHARE * mask.local)))
-    return next(run for run in range(least, mask.stride + 1) if mask.stride % run == 0)
-
-
-def reach(mask: Strided) -> int:
-    """Runs before its own that a query's window reaches into."""
-    return -(-(mask.local - 1) // run_of(mask))
-
-
-def keys_read(mask: Strided, time: int) -> float:
-    """The numbers of a pattern that each query forms, on average, in a sequence of `time` tokens."""
-    return run_of(mask) * (1 + reach(mask)) + time / mask.stride / 2
+def columns(mask: Strided, position: PositionModule, context: Context) -> tuple[Blocks, Biases]:
+    """The tokens in rows of a stride, and what a position adds to the scores of windows and of columns."""
+    blocks = lay_out(context, mask.stride)
+    near, far = relative(mask, blocks)
+    return blocks, (position.between(near, context), position.between(far, context))
 
 
 def relative(mask: Strided, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
     """Position of the key − that of the query, the same in every document: (run, L) of a run's queries and the keys of its
     window, and (N, N) of the rows of a column."""
-    run, rows = run_of(mask), torch.arange(blocks.index.shape[1], device=blocks.index.device)
-    key = torch.arange(-reach(mask) * run, run, device=rows.device)
+    run, rows = mask.run, torch.arange(blocks.index.shape[1], device=blocks.index.device)
+    key = torch.arange(-mask.reach * run, run, device=rows.device)
     return key - torch.arange(run, device=rows.device)[:, None], mask.stride * (rows - rows[:, None])
 
 
@@ -65,14 +56,14 @@ def strided_attention(
     biases: Biases,
     scoring: Scoring,
 ) -> torch.Tensor:
-    """Attention of q (B, H, T, C) to the keys k and values v (B, K, T, ·) that a strided mask shows → (B, H, T, C'); 0 for pads.
-    `blocks` has blocks of a stride; `biases` are those of `relative`, (H, run, L) and (H, N, N), or None."""
+    """Attention of q (B, H, T, C) to the keys k and values v (B, K, T, ·) that a strided mask shows → (B, H, T, C'), 0 for
+    pads. `blocks` has blocks of a stride; `biases` are those of `relative`, (H, run, L) and (H, N, N), or None."""
     batch, count, stride = len(q), blocks.index.shape[1], mask.stride
     groups = k.shape[1]
     slots = blocks.slots[:, None]
     rows = [take(x, slots).unflatten(0, (batch, count)).transpose(1, 2) for x in (q, k, v)]  # (B, H or K, N, stride, C)
     rows[0] = rows[0].unflatten(1, (groups, -1))
-    step = max(1, int(SCORES / (batch * q.shape[1] * stride * keys_read(mask, count * stride))))
+    step = max(1, int(SCORES / (batch * q.shape[1] * stride * mask.keys_formed(count * stride))))
     parts = []
     for start in range(0, count, step):
         part = _Rows(mask, blocks, scoring, biases, start, min(start + step, count))
@@ -101,8 +92,8 @@ class _Rows:
         pattern = self._softmax(torch.cat([near, self._far(q, k)], dim=-1)).to(v.dtype)
         near, far = pattern.split([near.shape[-1], self.end], dim=-1)
         windows = self._windows(v)  # (B, K, runs, L, C')
-        runs = near.unflatten(4, (-1, run_of(self.mask))).flatten(3, 4).transpose(2, 3).flatten(3, 4)
-        shape = q.shape[2], run_of(self.mask)
+        runs = near.unflatten(4, (-1, self.mask.run)).flatten(3, 4).transpose(2, 3).flatten(3, 4)
+        shape = q.shape[2], self.mask.run
         y = (runs @ windows).unflatten(3, shape).transpose(2, 3).flatten(3, 4).unflatten(3, (-1, self.mask.stride))
         columns = far.permute(0, 1, 4, 2, 3, 5).flatten(3, 4)  # (B, K, stride, G · rows, end)
         other = columns @ v[:, :, : self.end].transpose(2, 3)
@@ -110,7 +101,7 @@ class _Rows:
 
     def _windows(self, x: torch.Tensor) -> torch.Tensor:
         """(B, K, N, stride, C) → (B, K, runs, L, C): for each run of queries, the tokens of its window, which ends with it."""
-        run, before = run_of(self.mask), reach(self.mask)
+        run, before = self.mask.run, self.mask.reach
         first, last = self.start * self.mask.stride // run, self.end * self.mask.stride // run
         runs = x[:, :, : self.end].flatten(2, 3).unflatten(2, (-1, run))[:, :, max(0, first - before) :]
         runs = pad(runs, (0, 0, 0, 0, max(0, before - first), 0))
@@ -118,7 +109,7 @@ class _Rows:
 
     def _near(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Scores of the window: (B, K, G, rows, stride, L) float32."""
-        run, groups = run_of(self.mask), q.shape[1:3]
+        run, groups = self.mask.run, q.shape[1:3]
         queries = q[:, :, :, self.start : self.end].flatten(3, 4).unflatten(3, (-1, run)).transpose(2, 3).flatten(3, 4)
         scores = (self._scaled(queries) @ self._windows(k).float().mT).unflatten(3, (groups[1], run)).transpose(2, 3)
         distance = -relative(self.mask, self.blocks)[0]

@@ -44,13 +44,14 @@ class Answering:
         """Leave the orders for the engine's thread."""
         for session, one in zip(self.sessions, self.prepared, strict=True):
             self.served.loop.submit(
-                self.served.name,
+                self.served.engine_name,
                 session,
                 one.prompt,
                 one.params,
                 make=partial(_made, self.served, one),
                 source=one.source,
                 edits=one.inspection,
+                adapter=self.served.adapter,
                 timeout=self.seconds,
                 key=self.key,
             )

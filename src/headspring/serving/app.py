@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from headspring.artifacts import HeadspringError, UserError
 from headspring.inference import LanguageModel
-from headspring.inference.engine import Engine, EngineConfig
+from headspring.inference.engine import EngineConfig
 from headspring.serving import prompts, replies, requests, shapes
 from headspring.serving.answers import Answering, EventStream, Gone
 from headspring.serving.config import ServerConfig
@@ -28,7 +28,7 @@ from headspring.serving.errors import ApiError, of_validation, refuse
 from headspring.serving.guard import KEY, Guard
 from headspring.serving.loop import EngineLoop, EngineThread
 from headspring.serving.metrics import CONTENT_TYPE, Metrics
-from headspring.serving.served import Served
+from headspring.serving.served import Served, engine_names, engines_of
 from headspring.serving.workers import Workers
 
 EMBED_AT_ONCE = 8  # texts between two steps of the engines, so that an embedding of many does not stall the others' tokens
@@ -43,11 +43,12 @@ class House:
         self.config, self.metrics = config, Metrics()
         limits = EngineConfig() if engine is None else engine
         wanted = limits.model_copy(update={"max_queue": config.max_queue})
-        engines = {name: Engine(lm.model, lm.tokenizer, wanted) for name, lm in models.items() if lm.model.config.causal}
+        engines, answering = engines_of(models, wanted), engine_names(models)
         self.loop = EngineLoop(engines, self.metrics)
         self.thread = EngineThread(self.loop)
         self.models = {
-            name: Served(name, lm, engines.get(name), self.loop, self.thread, config.limits) for name, lm in models.items()
+            name: Served(name, lm, engines.get(answering[name]), self.loop, self.thread, config.limits, answering[name])
+            for name, lm in models.items()
         }
         self.metrics.watch(lambda: {name: one.stats() for name, one in engines.items()})
         self.workers = Workers(config.workers, config.worker_queue, config.limits.worker_seconds)
@@ -182,6 +183,7 @@ def _described(one: Served) -> dict[str, Any]:
         "owned_by": "headspring",
         "context": one.context,
         "answers": one.engine is not None,
+        "parent": one.parent,
     }
 
 
@@ -237,8 +239,8 @@ def answering_model(house: House, name: str) -> Served:
     served = house.find(name)
     if served.engine is None:
         raise refuse(f"{name} sees both ways and continues no text; use /v1/embeddings", "model")
-    if name in house.loop.broken:
-        raise ApiError(503, str(house.loop.broken[name]), "broken", retry_after=30)
+    if served.engine_name in house.loop.broken:
+        raise ApiError(503, str(house.loop.broken[served.engine_name]), "broken", retry_after=30)
     return served
 
 

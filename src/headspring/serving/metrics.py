@@ -16,12 +16,17 @@ GAUGES = {  # field of the engine's statistics → what it is called and says
     "running": ("headspring_requests_running", "Sequences that are being computed"),
     "pages_used": ("headspring_cache_pages_used", "Pages of the key-value cache in use"),
     "pages_total": ("headspring_cache_pages", "Pages of the key-value cache"),
+    "snapshots": ("headspring_snapshots", "States of layers without pages that prefixes may begin with"),
+    "snapshot_bytes": ("headspring_snapshot_bytes", "Memory of these"),
 }
 COUNTERS = {
     "steps": ("headspring_engine_steps", "Steps of the engine"),
     "tokens": ("headspring_engine_tokens", "Tokens that were sampled"),
     "computed_tokens": ("headspring_engine_computed_tokens", "Tokens that went through the model, prompts included"),
     "prefix_hits": ("headspring_prefix_hit_tokens", "Prompt tokens that the prefix cache had"),
+    "proposed": ("headspring_speculation_proposed_tokens", "Tokens that speculation proposed and the model checked"),
+    "accepted": ("headspring_speculation_accepted_tokens", "Proposed tokens that were right"),
+    "speculation_off": ("headspring_speculation_switched_off", "Times that proposing was given up because it did not pay"),
     "preemptions": ("headspring_preemptions", "Sequences put back because pages ran out"),
 }
 CONTENT_TYPE = CONTENT_TYPE_LATEST

@@ -10,9 +10,10 @@ import torch
 
 from headspring.artifacts import UserError
 from headspring.inference import LanguageModel
-from headspring.inference.engine import Engine
+from headspring.inference.engine import Engine, EngineConfig
 from headspring.inference.inspection import Inspection
 from headspring.inference.inspection.probe import row_shapes
+from headspring.models.lora import Adapter
 from headspring.models.multimodal import MultimodalModule
 from headspring.serving.config import Limits
 from headspring.serving.loop import EngineLoop, EngineThread
@@ -20,7 +21,8 @@ from headspring.serving.loop import EngineLoop, EngineThread
 
 @dataclass
 class Served:
-    """`engine` is None for a model that sees both ways: it makes embeddings and continues no text."""
+    """`engine` is None for a model that sees both ways: it makes embeddings and continues no text. A model with an adapter has
+    that of its base, and shares it with all who have the same one; `engine_name` is what the loop calls it."""
 
     name: str
     lm: LanguageModel
@@ -28,7 +30,22 @@ class Served:
     loop: EngineLoop
     thread: EngineThread
     limits: Limits
+    engine_name: str
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def adapter(self) -> str | None:
+        """What the engine calls the adapter of this model."""
+        return None if self.lm.adapter is None else self.name
+
+    @property
+    def parent(self) -> str | None:
+        """The base of this model's adapter, where that is served too."""
+        return self.engine_name if self.adapter is not None and self.engine_name not in self._adapters else None
+
+    @property
+    def _adapters(self) -> Mapping[str, Adapter]:
+        return {} if self.engine is None else self.engine.adapters
 
     def look(self, items: Mapping[str, torch.Tensor]) -> Any:
         """Soft tokens of pictures and sounds. Only in the engine's thread."""
@@ -54,8 +71,26 @@ class Served:
         """Seconds after which a place in the queue may be free: what waits, at the pace of the last minutes."""
         if self.engine is None:
             return 1.0
-        whole = self.loop.metrics.whole.labels(self.name)
+        whole = self.loop.metrics.whole.labels(self.engine_name)
         count = sum(bucket.get() for bucket in whole._buckets)
         mean = whole._sum.get() / count if count else 1.0
         stats = self.engine.stats()
         return min(60.0, max(1.0, stats.waiting * mean / max(1, stats.running)))
+
+
+def engine_names(models: Mapping[str, LanguageModel]) -> dict[str, str]:
+    """Who answers for each model: models with adapters of one base share its engine, which has the base's name where that is
+    served too, and else the first one's."""
+    names = {id(lm): name for name, lm in models.items()}
+    return {name: names.setdefault(id(lm.base or lm), name) for name, lm in models.items()}
+
+
+def engines_of(models: Mapping[str, LanguageModel], config: EngineConfig) -> dict[str, Engine]:
+    """The engines by name. Raises `UserError` for an adapter that cannot be served."""
+    names, engines = engine_names(models), {}
+    for name in dict.fromkeys(names.values()):
+        base = models[name].base or models[name]
+        adapters = {other: lm.adapter for other, lm in models.items() if names[other] == name and lm.adapter is not None}
+        if base.model.config.causal:
+            engines[name] = Engine(base.model, base.tokenizer, config, adapters=adapters)
+    return engines

@@ -31,6 +31,7 @@ class Model(Shape):
     owned_by: str
     context: int
     answers: bool
+    parent: str | None  # the model that it is an adapter of
 
 
 class Models(Shape):

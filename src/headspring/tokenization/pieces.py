@@ -34,6 +34,13 @@ def byte_of_character() -> dict[str, int]:
     return table
 
 
+@cache
+def _to_latin_1() -> dict[int, int]:
+    """For `str.translate`, as a vocabulary has a hundred thousand tokens: a stand-in becomes the character numbered as its
+    byte, and a Latin-1 character that is no stand-in becomes one that Latin-1 cannot say."""
+    return dict.fromkeys(range(256), 65535) | {ord(character): byte for character, byte in byte_of_character().items()}
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How a tokenizer's strings map to bytes. `exact`: the tokens' bytes, joined, are the text's bytes."""
@@ -46,9 +53,10 @@ class Scheme:
     def bytes_of(self, token: str) -> bytes:
         """The bytes of an ordinary (neither control nor added) token."""
         if self.family == "byte-level":
-            table = byte_of_character()
-            if all(character in table for character in token):
-                return bytes(table[character] for character in token)
+            try:
+                return token.translate(_to_latin_1()).encode("latin-1")
+            except UnicodeEncodeError:  # a character that stands for no byte
+                return token.encode()
         if self.family == "sentencepiece":
             byte = BYTE_PIECE.fullmatch(token)
             return bytes.fromhex(byte[1]) if byte else token.replace(META, " ").encode()

@@ -21,6 +21,7 @@ from headspring.artifacts.files import write_atomic, write_json
 from headspring.text import chat
 from headspring.tokenization import rendering, splitting
 from headspring.tokenization.pieces import BYTE_PIECE, scheme_of, spans_from_lengths, spans_from_offsets
+from headspring.tokenization.prompt_start import with_start
 from headspring.tokenization.ranks import RankEncoder, rank_encoder
 from headspring.tokenization.stream import StreamDecoder
 from headspring.tokenization.typed import control_tokens, plain_twin, unknown_token
@@ -55,9 +56,10 @@ class Tokenizer:
         self.eos_token = self._known(eos_token, chat.EOS)
         self.pad_token = self._known(pad_token, chat.PAD)
         self.mask_token = self._known(mask_token, chat.MASK)
-        self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocab = library.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
         self._twin, self._renumber = plain_twin(self.description, self.control)
-        self._bytes = self._token_bytes()
+        self._bytes = self._token_bytes(vocab)
         self._lengths = np.array([len(piece) for piece in self._bytes], np.int64)
 
     @classmethod
@@ -67,10 +69,14 @@ class Tokenizer:
 
         return load(Path(path))
 
-    def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` and every other engine reads them."""
-        folder = Path(folder)
-        write_atomic(folder / "tokenizer.json", self.library.to_str(pretty=True))
+    def save(self, folder: str | Path, prompt_start: bool = False) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` and every other engine reads them.
+
+        `prompt_start`: other programs shall begin a prompt as `LanguageModel` does, with the bos."""
+        folder, content = Path(folder), self.library.to_str(pretty=True)
+        if prompt_start and self.add_bos and self.bos_token is not None and self.bos_id is not None:
+            content = with_start(self.description, self.bos_token, self.bos_id)
+        write_atomic(folder / "tokenizer.json", content)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos_token,
@@ -281,9 +287,9 @@ class Tokenizer:
             joined = joined.removeprefix(b" ")
         return joined.decode("utf-8", "replace")
 
-    def _token_bytes(self) -> list[bytes]:
+    def _token_bytes(self, vocab: dict[str, int]) -> list[bytes]:
         table = [b""] * self.vocab_size
-        for token, i in self.library.get_vocab(with_added_tokens=True).items():
+        for token, i in vocab.items():
             table[i] = self.scheme.bytes_of(token)
         for added in self.description.get("added_tokens", []):
             table[added["id"]] = added["content"].encode()

@@ -42,7 +42,11 @@ def plain_twin(description: dict[str, Any], control: dict[str, int]) -> tuple[Li
     if twin["model"]["type"] == "Unigram":
         twin["model"]["vocab"] = _unigram_without(twin["model"], {*control, unknown_token(description)})
     elif set(control) & set(twin["model"]["vocab"]):
-        twin["model"]["vocab"] = {token: i for token, i in twin["model"]["vocab"].items() if token not in control}
+        # An ordinary added token that the model lacks would get the first id after as many as the vocabulary has entries, which
+        # is another token's where control tokens leave gaps: so it stands in the vocabulary, under its own id.
+        added = {token["content"]: token["id"] for token in twin["added_tokens"]}
+        vocab = {token: i for token, i in twin["model"]["vocab"].items() if token not in control}
+        twin["model"]["vocab"] = {**added, **vocab}
         if twin["model"]["type"] == "BPE":
             twin["model"]["merges"] = [merge for merge in twin["model"]["merges"] if _allowed(merge, control)]
     tokenizer = LibraryTokenizer.from_str(json.dumps(twin))

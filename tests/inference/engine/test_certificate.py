@@ -10,8 +10,9 @@ from headspring.inference import LanguageModel
 from headspring.inference.engine import certificate as certificates
 from headspring.inference.engine.certificate import Check, certify, weights_digest
 from headspring.inference.engine.schedules import Schedule, play, requests
-from headspring.models import Attention, Block, Causal, SwiGLU, kernels, scoring
+from headspring.models import Attention, Block, Causal, MoE, SwiGLU, kernels, scoring
 from headspring.models.kernels import packing
+from headspring.models.routing import SoftmaxRouter
 from tests.inference.tiny import tiny_model
 
 SIZES = {"width": 64, "context": 192}
@@ -62,6 +63,20 @@ def test_it_holds_for_quantized_weights(lm):
         assert certificate.holds, certificate.text()
     assert certificate.precision == "bfloat16 with int8 weights"
     assert {check.note for check in certificate.checks if not check.compared} == {"quantized weights are not trained"}
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_it_holds_for_mixtures_of_experts(tokenizer, lm, kind):
+    """An expert's rows come and go with the batch; a row's bits do not."""
+    experts = MoE(experts=5, top=2, hidden=96, router=SoftmaxRouter(bias=True), shared=64, shared_gate=True, bias=True)
+    blocks = (Block(mixer=Attention(heads=2, kv_heads=1), feedforward=experts),) * 2
+    model = tiny_model(tokenizer.vocab_size + 20, layers=blocks, **SIZES).to(torch.bfloat16)
+    model.compute_dtype = torch.bfloat16
+    packing.pack_model(model, kind)
+    certificate = certify(LanguageModel(model, tokenizer))
+    assert ("int8" in certificate.precision) == (kind == "int8")
+    if bitwise():
+        assert certificate.holds, certificate.text()
 
 
 def test_float32_says_how_far_it_is(lm):
@@ -202,3 +217,14 @@ def test_ten_thousand_schedules_change_no_bit(tokenizer, part):
     lm = small(tokenizer, window=(None, 40)[part % 2])
     packing.pack_model(lm.model, ("bf16", "int8")[part // 2 % 2])
     through(lm, range(1000 * (part + 1), 1000 * (part + 2)))
+
+
+def test_equal_checks_prove_nothing_where_products_are_a_librarys():
+    """On a GPU: what was compared may be equal by luck."""
+    numerics, why = certificates.numerics_of(torch.device("meta"))
+    assert numerics == "meta, library products, gathered pages"
+    same = {"numerics": numerics, "precision": "bfloat16", "weights": "0" * 64, "machine": {"processor": "some GPU"}}
+    same |= {"revision": 2, "quick": True, "seconds": 1.0, "checks": (Check(name="company", compared=5),), "others": ()}
+    on_gpu = certificates.Certificate(**same, unproved=why)
+    assert not on_gpu.holds and certificates.Certificate(**same).holds
+    assert on_gpu.text().startswith("one forward, bit for bit: does not hold: products are a library's")

@@ -4,6 +4,7 @@ Page pools so small that sequences are preempted, chunks so small that prompts a
 several answers to one prompt, beams, priorities: the engine decides differently each time and must say the same.
 """
 
+import math
 import random
 
 import pytest
@@ -54,17 +55,18 @@ def params_of(setting: int, tokens: int) -> SamplingParams:
 
 
 def bytes_of_page(lm) -> int:
-    return sum(pages.bytes_per_page for pages in RaggedRunner(lm.model, EngineConfig(max_sequences=1)).layers)
+    layers = RaggedRunner(lm.model, EngineConfig(max_sequences=1)).layers
+    return sum(pages.bytes_per_page for pages in layers if pages is not None)
 
 
-def play(lm, expected, seed: int) -> dict[str, int]:
-    """One random schedule, checked; what the engine counted."""
+def play(lm, expected, seed: int, room: float = 1.0) -> dict[str, int]:
+    """One random schedule, checked; what the engine counted. `room` is for what the memory holds beside pages."""
     luck = random.Random(seed)
     sequences = luck.choice([1, 2, 3, 8])
     config = EngineConfig(
         max_sequences=sequences,
         chunk=max(sequences, luck.choice([3, 8, 40, 200])),
-        memory=bytes_of_page(lm) * luck.choice([3, 4, 6, 12, 40]),
+        memory=math.ceil(bytes_of_page(lm) * luck.choice([3, 4, 6, 12, 40]) * room),
         prefix_sharing=luck.random() < 0.8,
         max_queue=luck.choice([None, None, 3]),
         debug=True,
@@ -107,10 +109,10 @@ def check(job, answers) -> None:
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=2e-4, rtol=1e-4)
 
 
-def play_many(lm, expected, seeds) -> dict[str, int]:
+def play_many(lm, expected, seeds, room: float = 1.0) -> dict[str, int]:
     total: dict[str, int] = {}
     for seed in seeds:
-        for name, count in play(lm, expected, seed).items():
+        for name, count in play(lm, expected, seed, room).items():
             total[name] = total.get(name, 0) + count
     return total
 

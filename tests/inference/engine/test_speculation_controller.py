@@ -37,6 +37,14 @@ def test_what_does_not_pay_goes_off_and_is_tried_again_more_and_more_seldom():
     assert gaps == sorted(gaps) and gaps[-1] > gaps[0]
 
 
+def test_times_that_it_was_given_up_are_counted():
+    controller = Controller()
+    for rates in ({True: 1.0, False: 2.0}, {True: 2.0, False: 1.0}) * 2:
+        play(controller, 3000, rates)
+    assert controller.switched_off == 2
+    assert Controller().switched_off == 0
+
+
 def test_a_change_of_the_text_is_noticed():
     controller = Controller()
     play(controller, 300, {True: 1.0, False: 1.2})

@@ -62,6 +62,17 @@ def test_a_product_with_a_bug_is_rejected(monkeypatch, bug, why, own_cache):
     assert torch.equal(kernels.product(x, matrices()[1]), choice.product_plain(x, matrices()[1]))
 
 
+def test_an_engine_tests_its_bfloat16_products_too(monkeypatch):
+    """A model that no quantizer has seen: its products are packed, and tested, where an engine takes it."""
+    monkeypatch.setattr(kernels, "multiplies_natively", lambda x, kind="bf16": kind not in kernels.rejected_kinds)
+    monkeypatch.setattr(kernels, "product", wrong("batch"))
+    model = tiny_model(64)
+    model.compute_dtype = torch.bfloat16
+    with pytest.warns(UserWarning, match="other bits in another batch"):
+        assert set(choice.prepare_for_serving(model)) == {"bf16"}
+    assert kernels.rejected_kinds == {"bf16"}
+
+
 def test_rows_that_depend_on_their_batch_are_seen(monkeypatch):
     """A bfloat16 product may round otherwise than its definition, but not otherwise in another batch."""
     monkeypatch.setattr(kernels, "product", wrong("batch"))

@@ -224,6 +224,7 @@ class Answering:
         if request.finish_reason is not None:
             if sequence.probe is not None:
                 job.seen[sequence.answer] = sequence.probe.seen(len(sequence.tokens) - 1)
+            self._settle(sequence)  # what it has read others may share, though it was read in this very step
             self.engine.scheduler.remove(sequence)
             job.sequences.remove(sequence)
         if job.notify is not None and not job.chooses:

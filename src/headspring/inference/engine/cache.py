@@ -267,7 +267,7 @@ class Cache:
         node = None
         while self.sharing and (len(sequence.nodes) + 1) * PAGE <= sequence.computed:
             node = self._enter(sequence)
-        if node is not None and self.snapshots is not None and sequence.computed in sequence.stops & {node.end}:
+        if node is not None and self.snapshots is not None and node.end == sequence.computed and node.end in sequence.stops:
             self.snapshots.keep(node, sequence)
         for number, (group, table) in enumerate(zip(self.groups, sequence.tables, strict=False)):
             for place in range(self._passed(group, sequence.computed) - 1, -1, -1):

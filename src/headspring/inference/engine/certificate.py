@@ -76,15 +76,17 @@ class Certificate(Value):
     seconds: float
     checks: tuple[Check, ...]
     others: tuple[Check, ...]
+    unproved: str = ""  # why equal checks would prove nothing
 
     @property
     def holds(self) -> bool:
-        """Whether everything that was compared is equal bit for bit."""
-        return all(check.equal for check in self.checks)
+        """Whether everything that was compared is equal bit for bit, and that says something about what was not."""
+        return not self.unproved and all(check.equal for check in self.checks)
 
     def text(self) -> str:
         """For people: a verdict, and a line a check."""
-        verdict = "holds" if self.holds else "does not hold: " + ", ".join(one.name for one in self.checks if not one.equal)
+        wrong = [self.unproved] * bool(self.unproved) + [one.name for one in self.checks if not one.equal]
+        verdict = "holds" if self.holds else "does not hold: " + ", ".join(wrong)
         head = [
             f"one forward, bit for bit: {verdict}",
             f"   {self.numerics}, {self.precision}, weights {self.weights[:12]}, {self.machine['processor']}",
@@ -103,11 +105,12 @@ def certify(lm: LanguageModel, quick: bool = True, fresh: bool = False) -> Certi
     lm.require_causal()
     if lm.model.config.reads_source or lm.model.config.counted:
         raise UserError(
-            f"a model of kind {lm.model.config.kind!r} has no certificate: it does not run side by side with others"
+            f"a model of kind {lm.model.config.kind!r} has no certificate: one is proved for models that continue a text"
         )
     weights, machine = weights_digest(lm.model), _machine()
     precision = _precision(lm.model)
-    key = repr((weights, sorted(machine.items()), kernels.numerics_id(), precision, quick, REVISION))
+    numerics, unproved = numerics_of(lm.model.device)
+    key = repr((weights, sorted(machine.items()), numerics, precision, quick, REVISION))
     path = native.cache_folder() / "certificates" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if not fresh and path.is_file():
         return Certificate.model_validate_json(path.read_text())
@@ -115,7 +118,7 @@ def certify(lm: LanguageModel, quick: bool = True, fresh: bool = False) -> Certi
     proof = _Proof(lm, quick)
     checks, others = tuple(proof.checks()), tuple(proof.others())
     certificate = Certificate(
-        numerics=kernels.numerics_id(),
+        numerics=numerics,
         precision=precision,
         weights=weights,
         machine=machine,
@@ -124,6 +127,7 @@ def certify(lm: LanguageModel, quick: bool = True, fresh: bool = False) -> Certi
         seconds=time.perf_counter() - start,
         checks=checks,
         others=others,
+        unproved=unproved,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, certificate.model_dump())
@@ -141,6 +145,10 @@ def weights_digest(model: ModelModule) -> str:
                 continue
             tensors = matrix.values, matrix.scales, matrix.minimums
             held |= {f"{attribute}.{number}": tensor for number, tensor in enumerate(tensors)}
+        experts = getattr(module, "packed_experts", None)
+        if experts is not None and (experts.kind != "bf16" or model.released):
+            every = (tensor for matrix in experts.matrices for tensor in matrix.tensors.values())
+            held |= {f"experts.{number}": tensor for number, tensor in enumerate(every)}
         for part, tensor in sorted(held.items()):
             if isinstance(tensor, Tensor):
                 total.update(f"{name}.{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -148,8 +156,18 @@ def weights_digest(model: ModelModule) -> str:
     return total.hexdigest()
 
 
+def numerics_of(device: torch.device) -> tuple[str, str]:
+    """The name of the kernels that compute on a device, and why they promise no equal bits; empty where they may."""
+    if device.type == "cpu":
+        return kernels.numerics_id(), ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    pages = "triton pages" if kernels.pages_on_gpu(torch.empty(0, device=device)) is not None else "gathered pages"
+    return f"{name}, library products, {pages}", "products are a library's, which chooses how to sum by the number of rows"
+
+
 def _precision(model: ModelModule) -> str:
-    kinds = {matrix.kind for module in model.modules() if (matrix := getattr(module, "packed", None)) is not None} - {"bf16"}
+    held = (getattr(module, name, None) for module in model.modules() for name in ("packed", "packed_experts"))
+    kinds = {matrix.kind for matrix in held if matrix is not None} - {"bf16"}
     compute = str(model.compute_dtype).removeprefix("torch.")
     return f"{compute} with {' and '.join(sorted(kinds))} weights" if kinds else compute
 
@@ -184,7 +202,7 @@ class _Proof:
     # ---- what is checked
 
     def checks(self) -> Iterator[Check]:
-        packed = (getattr(module, "packed", None) for module in self.lm.model.modules())
+        packed = (getattr(module, name, None) for module in self.lm.model.modules() for name in ("packed", "packed_experts"))
         trains = not self.lm.model.released and all(matrix is None or matrix.kind == "bf16" for matrix in packed)
         for name, score in (("a padded batch", self._padded), ("packed documents", self._documents)):
             yield self._scored(f"trainer, {name}, no gradients", score)

@@ -32,6 +32,7 @@ class EngineConfig(Value):
     )
     prefix_sharing: bool = Field(True, description="keep pages of what was read, for prompts that begin alike")
     speculation: Speculation | None = Field(None, description="how tokens are proposed; no token changes by it")
+    cuda_graphs: bool | None = Field(None, description="replay steps that only write as one launch; by default on CUDA")
     debug: bool = Field(False, description="check the books of the cache after every step")
 
     @model_validator(mode="after")
@@ -41,6 +42,15 @@ class EngineConfig(Value):
                 f"a step of chunk={self.chunk} tokens has none for some of max_sequences={self.max_sequences} answers"
             )
         return self
+
+    def captures(self, device: torch.device, side_by_side: bool) -> bool:
+        """Whether steps become CUDA graphs. Raises `UserError` where they are wanted and cannot be: the model is not on CUDA,
+        or its sequences do not stand `side_by_side` in pages."""
+        possible = device.type == "cuda" and side_by_side
+        if self.cuda_graphs and not possible:
+            why = "keeps more than keys and values in pages" if device.type == "cuda" else f"is on {device.type}"
+            raise UserError(f"cuda_graphs=True needs a model of attention on CUDA, and this one {why}; leave it out")
+        return possible if self.cuda_graphs is None else self.cuda_graphs
 
     @classmethod
     def of(cls, **options: Any) -> Self:

@@ -16,7 +16,7 @@ one sequence and 2 ms for 64.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from headspring.artifacts import UserError
+from headspring.inference.adapters import check_adapters
 from headspring.inference.engine.answering import Answering
 from headspring.inference.engine.cache import Cache
 from headspring.inference.engine.config import EngineConfig, QueueFull
@@ -37,9 +38,10 @@ from headspring.inference.engine.sequence import Sequence, Work
 from headspring.inference.engine.snapshots import Snapshots
 from headspring.inference.engine.submission import check_soft, checked_prompt, require_causal
 from headspring.inference.inspection import Inspection, Probe
+from headspring.inference.quantization.choice import prepare_for_serving
 from headspring.inference.sampling_params import SamplingParams
 from headspring.inference.speculation import Speculator
-from headspring.models.kernels.packing import pack_for_serving
+from headspring.models.lora import Adapter
 from headspring.models.model import ModelModule
 from headspring.tokenization.tokenizer import Tokenizer
 
@@ -47,7 +49,9 @@ from headspring.tokenization.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Statistics:
     """Counts since the start, and `waiting`, `running`, `pages_used`, `pages_total` as they are now. `waiting` and `running`
-    are answers; `tokens` were sampled, `computed_tokens` went through the model, `prefix_hits` did not have to."""
+    are answers; `tokens` were sampled, `computed_tokens` went through the model, `prefix_hits` did not have to. Of
+    `proposed` tokens (speculation) the `accepted` ones were right; `speculation_off` counts how often proposing was given up.
+    `snapshots` of states beside pages are kept now, of `snapshot_bytes` bytes."""
 
     waiting: int
     running: int
@@ -58,6 +62,11 @@ class Statistics:
     computed_tokens: int
     prefix_hits: int
     preemptions: int
+    snapshots: int
+    snapshot_bytes: int
+    proposed: int
+    accepted: int
+    speculation_off: int
     submitted: int
     rejected: int
     finished: int
@@ -67,7 +76,7 @@ class Statistics:
 
 
 class Engine:
-    """Answers requests to `model`. `clock` gives seconds that only grow."""
+    """Answers requests to `model`, or to it with one of `adapters` by name. `clock` gives seconds that only grow."""
 
     def __init__(
         self,
@@ -75,15 +84,17 @@ class Engine:
         tokenizer: Tokenizer,
         config: EngineConfig | None = None,
         *,
+        adapters: Mapping[str, Adapter] | None = None,
         runner: Runner | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.model, self.tokenizer, self.config, self.clock = model, tokenizer, config or EngineConfig(), clock
         require_causal(model.config)
-        pack_for_serving(model)
+        self.adapters = check_adapters(model, adapters or {})
+        prepare_for_serving(model)
         self.runner = runner or runner_for(model, self.config)
         sharing, room = self.runner.shares and self.config.prefix_sharing, self.runner.snapshot_bytes
-        snapshots = Snapshots(self.runner.snapshot, room) if sharing and room else None
+        snapshots = Snapshots(self.runner.snapshot, room) if sharing and room is not None else None
         self.cache = Cache(self.runner.groups, sharing, snapshots)
         self.scheduler = Scheduler(self.cache, self.config.max_sequences, self.config.chunk)
         self.context = min(model.config.context, self.config.context or model.config.context)
@@ -107,15 +118,18 @@ class Engine:
         timeout: float | None = None,
         key: str = "",
         edits: Inspection | None = None,
+        adapter: str | None = None,
         notify: Callable[[Update], None] | None = None,
     ) -> Job:
         """Ask for answers to a prompt of token ids. `source` is what an encoder reads, `soft` what towers made of pictures and
         sounds (`SoftTokens`). Higher `priority` goes first; after `timeout` seconds the job ends, finished or not. Jobs of
-        different `key` share no prefixes. `edits` look at activations or change them. `notify` gets an
-        `Update` for each step of each answer, unless the answers are still to be chosen from (best_of, beams): then one each.
+        different `key` share no prefixes. `edits` look at activations or change them, `adapter` names one of the engine's.
+        `notify` gets an `Update` for each step of each answer, unless the answers are still to be chosen from (best_of, beams):
+        then one each.
 
         Raises `UserError` for what can never be answered, `QueueFull` where too many wait already."""
         try:
+            adapted = self._adapter(adapter)
             job = self._job(prompt, params, source, soft, edits, notify)
         except UserError:
             self.counts["rejected"] += 1
@@ -123,7 +137,9 @@ class Engine:
         job.priority = priority
         if timeout is not None:
             heappush(self.deadlines, (self.clock() + timeout, job.number))
-        job.scope = key, "" if job.probe is None else job.probe.key, tuple(job.source)
+        job.adapter = adapted
+        changes = ["" if change is None else change.key for change in (job.probe, adapted)]
+        job.scope = key, *changes, tuple(job.source)
         self.counts["submitted"] += 1
         self.jobs[job.number] = job
         self.scheduler.add(job.sequences[0])
@@ -158,6 +174,11 @@ class Engine:
         if edits is not None:
             sequence.probe = job.probe = Probe.of(self.model, edits, len(tokens), new)
         return job
+
+    def _adapter(self, name: str | None) -> Adapter | None:
+        if name is not None and name not in self.adapters:
+            raise UserError(f"there is no adapter {name!r} here; there is {', '.join(self.adapters) or 'none'}")
+        return None if name is None else self.adapters[name]
 
     def cancel(self, job: Job) -> None:
         """End a job, wherever it is; what it holds is free at once. One that has ended stays as it ended."""
@@ -260,6 +281,7 @@ class Engine:
 
     def stats(self) -> Statistics:
         """What the engine does now, and what it has done."""
+        speculator, snapshots = self.speculator, self.cache.snapshots
         return Statistics(
             waiting=len(self.scheduler.waiting),
             running=len(self.scheduler.running),
@@ -268,5 +290,10 @@ class Engine:
             tokens=self.answering.tokens,
             prefix_hits=self.cache.hits,
             preemptions=self.scheduler.preemptions,
+            snapshots=0 if snapshots is None else len(snapshots.nodes),
+            snapshot_bytes=0 if snapshots is None else snapshots.bytes,
+            proposed=0 if speculator is None else speculator.proposed,
+            accepted=0 if speculator is None else speculator.accepted,
+            speculation_off=0 if speculator is None else speculator.controller.switched_off,
             **self.counts,
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from headspring.inference.generation import Generation, Request
 from headspring.inference.inspection import Probe, Seen
 from headspring.inference.sampling_params import SamplingParams
+from headspring.models.lora import Adapter
 from headspring.models.soft_tokens import SoftTokens
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Update:
 class Job:
     """`number` counts arrivals. `source` is what an encoder reads and `soft` what towers saw. A prefix is shared by jobs of
     equal `contents` (where towers saw something, what stands at each token of the prompt) and equal `scope`: the client's key,
-    the description of its edits, and the source.
+    the description of its edits, the key of its `adapter`, and the source.
 
     Once it has `finished` as "finished": `generations`; `seen`, what each answer's inspection saw, by its number; and, where
     asked for, `prompt_logprobs` (natural, of every token of the prompt but the first) and `prompt_tops`. Once it has failed:
@@ -57,7 +58,8 @@ class Job:
     contents: Rows[Hashable] = ()
     columns: Rows[int] = ()  # which of the soft vectors stands at each token of the prompt; -1 where the token itself does
     priority: int = 0
-    scope: Hashable = ("", "", ())
+    scope: Hashable = ("", "", "", ())
+    adapter: Adapter | None = None
     probe: Probe | None = None
     notify: Callable[[Update], None] | None = None
     requests: list[Request] = field(default_factory=list)  # one an answer

@@ -1,8 +1,9 @@
 """A scheduled batch → hidden states, by the module that was trained.
 
-`PlainRunner` runs any model of the house, one sequence at a time, each with an ordinary `State` of its own. What it gives up is
-sharing: sequences do not compute together and no prefix is kept. Pages are only counted, so that admission and preemption bound
-its memory too.
+`RaggedRunner` takes stacks of blocks, with an encoder, towers or heads beside them, and computes all sequences of a step in one
+row. `PlainRunner` runs any model of the house, one sequence at a time, each with an ordinary `State` of its own. What it gives
+up is sharing: sequences do not compute together and no prefix is kept. Pages are only counted, so that admission and
+preemption bound its memory too.
 """
 
 import copy
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from headspring.artifacts import UserError
+from headspring.inference.adapters import Adapting
 from headspring.inference.engine.beside import Beside, Snapshot
 from headspring.inference.engine.cache import GONE, PAGE, Copy, Group
 from headspring.inference.engine.config import EngineConfig, default_memory
+from headspring.inference.engine.graphs import CudaBackend, Graphs
 from headspring.inference.engine.sequence import Sequence, Work
 from headspring.inference.inspection import watching
 from headspring.models.around import AroundModule
@@ -37,11 +40,11 @@ SNAPSHOT_SHARE = 8  # one part in so many of the memory is for snapshots, where 
 
 class Runner(Protocol):
     """What the engine asks of one: `groups` of layers with their pages; `shares`: whether known prefixes can be read, and for
-    that `snapshot_bytes`, the room for snapshots of what is remembered beside pages; 0 where that is nothing."""
+    that `snapshot_bytes`, the room for snapshots of what is remembered beside pages; None where that is nothing."""
 
     groups: list[Group]
     shares: bool
-    snapshot_bytes: int
+    snapshot_bytes: int | None
 
     def copy(self, copies: Rows[Copy]) -> None:
         """Make copies of pages, in this order."""
@@ -68,12 +71,13 @@ class PlainRunner:
     """Any model, one sequence at a time."""
 
     shares = False
-    snapshot_bytes = 0
+    snapshot_bytes: int | None = None
 
     def __init__(self, model: ModelModule, config: EngineConfig):
         if config.cache_dtype != "auto":
             raise UserError(f"cache_dtype={config.cache_dtype!r} needs a model whose attention reads pages; leave it out")
-        self.model = model
+        config.captures(model.device, side_by_side=False)
+        self.model, self.adapting = model, Adapting(model)
         one, two = (model.new_state(1, length).bytes for length in (PAGE, 2 * PAGE))
         self.groups = groups_in(config, model, {None: two - one})
 
@@ -93,7 +97,7 @@ class PlainRunner:
                 given["source"] = torch.tensor([list(sequence.job.source)], device=self.model.device)
         tokens = torch.tensor([work.tokens], device=self.model.device)
         alone = Ragged([sequence.computed], [work.count])
-        with watching(self.model, alone, [sequence.probe]):
+        with watching(self.model, alone, [sequence.probe]), self.adapting.step(alone, [sequence.job.adapter]):
             return self.model(tokens, state=sequence.state, **given)[0]
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -119,7 +123,7 @@ class RaggedRunner:
     shares = True
 
     def __init__(self, model: ModelModule, config: EngineConfig):
-        self.model, self.stack = model, writing_stack(model)
+        self.model, self.stack, self.adapting = model, writing_stack(model), Adapting(model)
         _compute_alike(model)
         stored = torch.int8 if config.cache_dtype == "int8" else None
         mixers = [block.mixes for block in self.stack.blocks()]
@@ -128,19 +132,23 @@ class RaggedRunner:
         self.crosses = [layer for layer, block in enumerate(self.stack.blocks()) if block.cross is not None]
         self.remembers = None in samples or bool(self.crosses)
         folds = None in samples and config.prefix_sharing
-        self.snapshot_bytes = memory_of(config, model) // SNAPSHOT_SHARE if folds else 0
+        self.snapshot_bytes = memory_of(config, model) // SNAPSHOT_SHARE if folds else None
         sizes: dict[int | None, int] = {}
         for pages in samples:
             if pages is not None:
                 sizes[pages.group] = sizes.get(pages.group, 0) + pages.bytes_per_page
         if stored is not None and not sizes:
             raise UserError("cache_dtype='int8': no layer of this model keeps keys and values in pages; leave it out")
-        self.groups = groups_in(config, model, sizes or {None: 0}, self.snapshot_bytes)
+        self.groups = groups_in(config, model, sizes or {None: 0}, self.snapshot_bytes or 0)
         counts = {group.window: group.num_pages for group in self.groups}
-        self.layers = [
-            None if sample is None else mixer.new_pages(counts[sample.group], *kind) for mixer, sample in zip(mixers, samples)
+        captures = config.captures(model.device, side_by_side=not self.remembers)
+        self.layers = [  # a graph has one page more, which nobody owns
+            None if sample is None else mixer.new_pages(counts[sample.group] + captures, *kind)
+            for mixer, sample in zip(mixers, samples)
         ]
         self.tables = {group.window: Tables() for group in self.groups}
+        context = min(model.config.context, config.context or model.config.context)
+        self.graphs = Graphs(self.stack, self.layers, counts, context, CudaBackend()) if captures else None  # type: ignore[arg-type]
 
     def copy(self, copies: Rows[Copy]) -> None:
         for one in copies:
@@ -150,20 +158,28 @@ class RaggedRunner:
 
     def run(self, work: Rows[Work]) -> Tensor:
         sequences, device = [one.sequence for one in work], self.model.device
-        tables = {
-            group.window: self.tables[group.window].of([sequence.tables[number] for sequence in sequences], device)
-            for number, group in enumerate(self.groups)
-        }
+        _compute_alike(self.model)
+        if self.graphs is not None and self.graphs.takes(work):
+            hidden = self.graphs.run(work, self._tables(sequences, torch.device("cpu")))
+            if hidden is not None:
+                return hidden
+        tables = self._tables(sequences, device)
         counts = [one.count for one in work]
         layers, memories = self._memory(sequences)
         ragged = Ragged([sequence.computed for sequence in sequences], counts, tables, device, memories)
         tokens = torch.tensor([[token for one in work for token in one.tokens]], device=device)
-        _compute_alike(self.model)
-        with watching(self.model, ragged, [sequence.probe for sequence in sequences]):
+        probes, adapters = [sequence.probe for sequence in sequences], [sequence.job.adapter for sequence in sequences]
+        with watching(self.model, ragged, probes), self.adapting.step(ragged, adapters):
             hidden = self.stack(tokens, state=BatchState(ragged, layers, seen_by_towers(work, ragged)))[0]
         if all(one.rows == one.count for one in work):
             return hidden
         return torch.cat([hidden[span.stop - one.rows : span.stop] for one, span in zip(work, ragged.spans)])
+
+    def _tables(self, sequences: Rows[Sequence], device: torch.device) -> dict[int | None, Tensor]:
+        numbered = enumerate(self.groups)
+        return {
+            group.window: self.tables[group.window].of([one.tables[n] for one in sequences], device) for n, group in numbered
+        }
 
     def _memory(self, sequences: Rows[Sequence]) -> tuple[Rows[Any], Rows[Memory]]:
         """What each layer remembers of these sequences, and what an encoder read for each."""
@@ -184,10 +200,14 @@ class RaggedRunner:
             snapshot, sequence.snapshot = sequence.snapshot, None
             sequence.state = self._new_states(capacity) if snapshot is None else Beside.resumed(snapshot, capacity)
             if isinstance(self.model, EncoderDecoderModule):
-                source = torch.tensor([list(sequence.job.source)], device=self.model.device)
-                sequence.state.memory = self.model.encode(source)
+                sequence.state.memory = self._read_source(self.model, sequence)
                 sequence.state.read = {layer: MemoryState() for layer in self.crosses}
         return sequence.state
+
+    def _read_source(self, model: EncoderDecoderModule, sequence: Sequence) -> Memory:
+        source = torch.tensor([list(sequence.job.source)], device=model.device)
+        with self.adapting.step(Ragged([0], [source.shape[1]]), [sequence.job.adapter]):
+            return model.encode(source)
 
     def _new_states(self, capacity: int) -> Beside:
         """Empty states of the layers without pages."""

@@ -9,7 +9,7 @@ What a request alone can break (NaN, a structure that gives up) is its own failu
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ NO_PROPOSALS: tuple[int, ...] = ()
 
 
 class Sampler:
-    """Samples for requests of one model, whose tokenizer has `named` of its `vocab` ids; ids without text never come."""
+    """Samples for requests of one model, whose tokenizer has `named` of its `vocab` ids; ids without text never come. `agreed`
+    gives the ids (R,) int64 that all processes take, where there are several (`processes`)."""
+
+    agreed: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, vocab: int, named: int, device: torch.device):
         self.vocab, self.named, self.device = vocab, named, device
@@ -64,7 +67,8 @@ class Sampler:
             except HeadspringError as error:
                 failures[i] = error
         params = [request.params for request, tokens in zip(requests, proposed) for _ in range(1 + len(tokens))]
-        return pick(adjusted, self._rows(params), self._uniforms(requests, proposed)).tolist()
+        ids = pick(adjusted, self._rows(params), self._uniforms(requests, proposed))
+        return (ids if self.agreed is None else self.agreed(ids)).tolist()
 
     def _rows(self, params: list[SamplingParams]) -> RowParams:
         """The settings as columns; a step mostly has the rows of the one before."""

@@ -17,6 +17,7 @@ from headspring.inference.engine.cache import Group
 from headspring.inference.engine.config import EngineConfig
 from headspring.inference.engine.engine import Engine, Statistics
 from headspring.inference.engine.job import Job
+from headspring.inference.engine.runner import SNAPSHOT_SHARE
 from headspring.inference.language_model import LanguageModel
 from headspring.inference.sampling_params import SamplingParams
 from headspring.inference.speculation import PromptLookup
@@ -116,7 +117,9 @@ def _config(model: ModelModule, asked: Sequence[Asked], schedule: Schedule, debu
         for pool in model.new_pages(1)
         if pool is not None
     )  # an engine gives layers with a window twice what they need at least
-    memory = math.ceil(whole * schedule.room * (1 + 1e-9))
+    folds = schedule.sharing and None in model.new_pages(1)
+    beside = SNAPSHOT_SHARE / (SNAPSHOT_SHARE - 1) if folds else 1.0
+    memory = math.ceil(whole * schedule.room * beside * (1 + 1e-6))
     return config.model_copy(update={"context": longest, "memory": memory} if whole else {})
 
 

@@ -7,6 +7,7 @@ and what a report scores on are disjoint: a document belongs to one of them by t
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 
 from headspring.artifacts import UserError
 from headspring.models import kernels
+from headspring.models.moe import Experts
 from headspring.models.part import Linear
 from headspring.models.stack import StackModule
 from headspring.text.sources.base import Reading
@@ -106,7 +108,7 @@ def hessians(linears: dict[str, Linear]) -> Iterator[dict[tuple[str, ...], torch
     def see(parts: tuple[Linear, ...], x: torch.Tensor) -> None:
         seen = tuple(names[part] for part in parts if part in names)
         if seen:
-            rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+            rows = _exact(x.detach().reshape(-1, x.shape[-1]).contiguous())
             sums[seen] = kernels.weight_gradient(rows, rows, sums.get(seen))
 
     before, Linear.watcher = Linear.watcher, see
@@ -114,3 +116,43 @@ def hessians(linears: dict[str, Linear]) -> Iterator[dict[tuple[str, ...], torch
         yield sums
     finally:
         Linear.watcher = before
+
+
+def _exact(rows: torch.Tensor) -> torch.Tensor:
+    """Rows whose products are summed in float32: a sum that is rounded to bfloat16 need not be positive definite."""
+    return rows if kernels.use_products(rows, rows.shape[1]) else rows.float()
+
+
+@dataclass
+class Seen:
+    """What the experts of a layer were given: Σ x xᵀ (E, I, I) float32 over the rows of each, and how many there were."""
+
+    sums: torch.Tensor
+    counts: list[int]
+
+
+@contextmanager
+def expert_hessians(layers: dict[str, Experts]) -> Iterator[dict[tuple[str, ...], Seen]]:
+    """Inside the block, what each expert sees, by the names of the parameters that read it: (gate, up) and (out,)."""
+    found: dict[tuple[str, ...], Seen] = {}
+    prefixes = {experts: prefix for prefix, experts in layers.items()}
+
+    def see(experts: Experts, names: tuple[str, ...], x: torch.Tensor, ends: tuple[int, ...]) -> None:
+        if experts not in prefixes:
+            return
+        count, size, start = len(ends), x.shape[-1], 0
+        seen = found.setdefault(
+            tuple(f"{prefixes[experts]}.{name}" for name in names), Seen(torch.zeros(count, size, size), [0] * count)
+        )
+        for expert, end in enumerate(ends):
+            rows = _exact(x.detach()[start:end].contiguous())
+            if end > start:
+                kernels.weight_gradient(rows, rows, seen.sums[expert])
+            seen.counts[expert] += int(rows.any(dim=-1).sum())  # fillers are rows of zeros
+            start = end
+
+    before, Experts.watcher = Experts.watcher, see
+    try:
+        yield found
+    finally:
+        Experts.watcher = before

@@ -26,7 +26,9 @@ from headspring.artifacts.files import read_json, write_json
 from headspring.models import kernels
 from headspring.models.kernels import native
 from headspring.models.kernels.packed import PackedMatrix, product_plain
+from headspring.models.kernels.packing import pack_for_serving
 from headspring.models.model import ModelModule
+from headspring.models.moe import Experts
 
 FILE = "products.json"
 BATCHES = (1, 3, 8, 33)
@@ -37,13 +39,18 @@ ENTRIES = 1024  # verdicts that are kept; the oldest go
 
 
 def matrices_of(model: ModelModule) -> list[PackedMatrix]:
-    """The packed matrices of a model, in the order in which a token meets them; of joined ones the whole."""
+    """The packed matrices of a model, in the order in which a token meets them: the whole of joined ones, as many experts as a token
+    goes to."""
     found: list[PackedMatrix] = []
     for module in model.modules():
         for names in getattr(module, "joins", ()):
             parts = [getattr(module, name) for name in names]
             whole = parts[0].joined
             found += [whole] if whole is not None else [part.packed for part in parts if part.packed is not None]
+        if isinstance(module, Experts) and module.packed_experts is not None:
+            packed_experts = module.packed_experts
+            for inward, outward in list(zip(packed_experts.inward, packed_experts.outward))[: module.top]:
+                found += [*inward, outward]
         joined = {name for names in getattr(module, "joins", ()) for name in names}
         for name, part in module.named_children():
             packed = getattr(part, "packed", None)
@@ -54,6 +61,12 @@ def matrices_of(model: ModelModule) -> list[PackedMatrix]:
 
 
 # ---- tested
+
+
+def prepare_for_serving(model: ModelModule) -> dict[str, str]:
+    """`pack_for_serving`, and `check_products` of what the model multiplies by."""
+    pack_for_serving(model)
+    return check_products(matrices_of(model))
 
 
 def check_products(matrices: Iterable[PackedMatrix]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """A quantized model as a folder: `config.json` and `model.safetensors`, as the native format has them, with whole numbers.
 
     NAME.values      (O, I) int8, or (O, I / 2) uint8 with input 2i in the lower half of byte i and input 2i + 1 above it
+                     (of E experts: E · O rows, one expert's after the other's)
     NAME.scales      (O, G) float16 where that is exact, else float32
     NAME.minimums    the same, where there are minimums
     NAME             a parameter that was not quantized
@@ -75,7 +76,7 @@ def load_quantized(folder: Path, dtype: torch.dtype | None = None) -> ModelModul
 
 def _fill(model: ModelModule, plain: Mapping[str, torch.Tensor], matrices: Mapping[str, QuantizedMatrix]) -> None:
     """Give an empty model its tensors; a parameter in whole numbers has none."""
-    stand_ins = {name: torch.full((1,), torch.nan).expand(matrix.shape) for name, matrix in matrices.items()}
+    stand_ins = {name: torch.full((1,), torch.nan).expand(model.get_parameter(name).shape) for name in matrices}
     model.load_state_dict({**plain, **stand_ins}, assign=True)
 
 
@@ -97,7 +98,7 @@ def _sorted(
     matrices = {}
     for name, parameter in model.state_dict().items():
         parts = {part: plain.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in plain}
-        matrix = _restored(parts, tuple(parameter.shape)) if parts else None
+        matrix = _restored(parts, tuple(parameter.flatten(0, -2).shape)) if parts else None
         if matrix is not None:
             matrices[name] = matrix
         elif parts or name not in plain or plain[name].shape != parameter.shape:

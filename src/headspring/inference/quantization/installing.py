@@ -8,13 +8,15 @@ from collections.abc import Mapping
 
 import torch
 
-from headspring.inference.quantization.targets import output_of
+from headspring.inference.quantization.targets import MATRICES, output_of
 from headspring.models.embedding import Table
+from headspring.models.expert_matrices import PackedExperts
 from headspring.models.kernels.packed import PackedMatrix, pack_groups, pack_int8
 from headspring.models.kernels.packing import join_parts, release_weights, unpack_model
 from headspring.models.model import ModelModule
+from headspring.models.moe import Experts
 from headspring.models.part import Linear
-from headspring.models.quantized import QuantizedMatrix
+from headspring.models.quantized import QuantizedMatrix, beside
 
 
 def pack(matrix: QuantizedMatrix) -> PackedMatrix:
@@ -38,6 +40,8 @@ def install(model: ModelModule, matrices: Mapping[str, QuantizedMatrix]) -> None
     output = output_of(model)
     for name, matrix in matrices.items():
         owner, parameter = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
+        if isinstance(owner, Experts):
+            continue
         packed = pack(matrix)
         if parameter is output:  # also of a body inside, which has the same head
             for module in model.modules():
@@ -45,6 +49,10 @@ def install(model: ModelModule, matrices: Mapping[str, QuantizedMatrix]) -> None
                     module.packed_head = packed
         if isinstance(owner, Linear | Table):
             owner.packed = packed
+    for prefix, experts in model.named_modules():
+        if isinstance(experts, Experts) and f"{prefix}.gate" in matrices:
+            named = {name: matrices[f"{prefix}.{name}"] for name in MATRICES}
+            experts.packed_experts = PackedExperts.of(*(_each(matrix, len(experts.gate)) for matrix in named.values()))
     join_parts(model)
     release_weights(model)
     for name in matrices:
@@ -60,13 +68,30 @@ def installed(model: ModelModule) -> dict[str, QuantizedMatrix]:
     for prefix, module in model.named_modules():
         if isinstance(module, Linear | Table) and module.packed is not None and module.packed.kind != "bf16":
             found[f"{prefix}.weight".lstrip(".")] = unpack(module.packed)
+        if isinstance(module, Experts) and module.packed_experts is not None and module.packed_experts.kind != "bf16":
+            found |= {f"{prefix}.{name}": matrix for name, matrix in _of_experts(module, module.packed_experts).items()}
     return found
+
+
+def _each(matrix: QuantizedMatrix, experts: int) -> list[PackedMatrix]:
+    """The packed matrix of each expert, from all their rows one after the other."""
+    return [pack(part) for part in matrix.split([matrix.shape[0] // experts] * experts)]
+
+
+def _of_experts(module: Experts, packed: PackedExperts) -> dict[str, QuantizedMatrix]:
+    """`gate`, `up` and `out`: all experts' rows one after the other."""
+    inward = [[unpack(matrix) for matrix in matrices] for matrices in packed.inward]
+    rows = module.gate.shape[1]
+    pairs = [part[0].split([rows, rows]) if len(part) == 1 else part for part in inward]
+    found = {"gate": [pair[0] for pair in pairs], "up": [pair[1] for pair in pairs], "out": list(map(unpack, packed.outward))}
+    return {name: beside(matrices) for name, matrices in found.items()}
 
 
 def restore(model: ModelModule, dtype: torch.dtype = torch.float32) -> None:
     """Give every parameter of a quantized model the numbers that its whole numbers mean, in `dtype`."""
     for name, matrix in installed(model).items():
-        model.get_parameter(name).data = matrix.dequantized().to(dtype)
+        parameter = model.get_parameter(name)
+        parameter.data = matrix.dequantized().to(dtype).view(parameter.shape)
     for module in model.modules():
         if isinstance(module, Table):
             module.packed = None

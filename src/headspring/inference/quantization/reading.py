@@ -8,6 +8,7 @@
 | a scheme (`int8`, `int4-gptq`, …) | the floats are rounded when they have been read |
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,9 +31,17 @@ ACTIVATIONS = torch.bfloat16
 AUTO, KEEP = "auto", "keep"
 
 
-def read(path: Path, dtype: torch.dtype | None, how: str | Quantization | None, tokenizer: Tokenizer) -> ModelModule:
+def read(
+    path: Path,
+    dtype: torch.dtype | None,
+    how: str | Quantization | None,
+    tokenizer: Callable[[], Tokenizer],
+    rows: torch.Tensor | None = None,
+    notes: list[str] | None = None,
+) -> ModelModule:
     """The model at `path`. `dtype` is that of the weights, or None for the stored one; of whole numbers it is that of the
-    activations, bfloat16 by default. Raises `UserError`."""
+    activations, bfloat16 by default. `tokenizer` is asked for where text is read. `rows` (N, T) int64 are what GPTQ reads, None: the text that the scheme names; `notes` as
+    for `quantize`. Raises `UserError`."""
     if how == AUTO:
         fast = dtype is None and is_gguf(path) and kernels.multiplies_natively(torch.empty(0, dtype=ACTIVATIONS))
         kept = _kept(path) if fast else None
@@ -49,13 +58,13 @@ def read(path: Path, dtype: torch.dtype | None, how: str | Quantization | None, 
         raise UserError(f"{path}: is quantized already; leave quantize out")
     model = read_model(path, None)
     model.compute_dtype = dtype or ACTIVATIONS
-    return _installed(model, quantize(model, scheme, calibration_rows(scheme, model, tokenizer)), dtype)
+    if rows is None and scheme.method == "int4-gptq":
+        rows = calibration_rows(scheme, model, tokenizer())
+    return _installed(model, quantize(model, scheme, rows, notes), dtype)
 
 
-def calibration_rows(scheme: Quantization, model: ModelModule, tokenizer: Tokenizer) -> torch.Tensor | None:
-    """What GPTQ reads; None for a scheme that reads nothing."""
-    if scheme.method != "int4-gptq":
-        return None
+def calibration_rows(scheme: Quantization, model: ModelModule, tokenizer: Tokenizer) -> torch.Tensor:
+    """What GPTQ reads (N, T)."""
     texts = texts_of(scheme.calibration, "calibration")
     return token_rows(tokenizer, texts, scheme.tokens, model.config.context)
 

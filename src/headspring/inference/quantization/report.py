@@ -11,6 +11,7 @@ A layer's error says where precision is lost, its KL whether that hurts.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import log
 from typing import Any
@@ -22,6 +23,7 @@ from headspring.inference.quantization.calibration import enter, leave
 from headspring.inference.quantization.installing import installed
 from headspring.models import scoring
 from headspring.models.around import AroundModule
+from headspring.models.kernels.packing import pack_for_serving, unpack_model
 from headspring.models.model import ModelModule
 from headspring.models.stack import StackModule
 from headspring.tokenization.tokenizer import Tokenizer
@@ -67,7 +69,7 @@ class Baseline:
         """`rows` (N, T) int64; activations in `dtype`, those of the quantized models."""
         self.model, self.rows, self.dtype = model, rows, dtype
         self.bytes = sum(len(tokenizer.token_bytes(token)) for token in rows[:, 1:].flatten().tolist())
-        with model.computing_in(dtype), task("reading", len(rows)) as bar:
+        with _packed(model, dtype), task("reading", len(rows)) as bar:
             self.hidden = [_advanced(bar, model(row[:, :-1])) for row in rows.split(1)]
             self.nats = sum(_nats(model, hidden, row) for hidden, row in zip(self.hidden, rows.split(1)))
             self.best = [model.logits(hidden).argmax(-1) for hidden in self.hidden]
@@ -83,7 +85,7 @@ class Baseline:
 def report(baseline: Baseline, quantized: ModelModule, scheme: str) -> Report:
     """`quantized` against the model of the baseline, both on the CPU."""
     nats, kl, same = 0.0, 0.0, 0
-    with baseline.model.computing_in(baseline.dtype), task("comparing", len(baseline.rows)) as bar:
+    with _packed(baseline.model, baseline.dtype), task("comparing", len(baseline.rows)) as bar:
         for row, before, best in zip(baseline.rows.split(1), baseline.hidden, baseline.best):
             hidden = _advanced(bar, quantized(row[:, :-1]))
             nats += _nats(quantized, hidden, row)
@@ -102,6 +104,18 @@ def report(baseline: Baseline, quantized: ModelModule, scheme: str) -> Report:
         same_best=same / count,
         layers=layers,
     )
+
+
+@contextmanager
+def _packed(model: ModelModule, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block activations are in `dtype`, and the float weights of products are packed once instead of every time."""
+    with model.computing_in(dtype):
+        pack_for_serving(model)
+        try:
+            yield
+        finally:
+            if not model.released:
+                unpack_model(model)
 
 
 def _advanced(bar: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -154,9 +168,10 @@ def _layers(baseline: Baseline, quantized: ModelModule) -> Iterator[LayerReport]
 
 
 def as_text(found: Mapping[str, Any], worst: int = 5) -> list[str]:
-    """A report, as a dictionary, in lines for a terminal; none where nothing was measured."""
+    """A report, as a dictionary, in lines for a terminal, with its notes; of figures none where nothing was measured."""
+    notes = list(found.get("notes", ()))
     if "bits" not in found:
-        return []
+        return notes
     ratio = found["original_bytes"] / found["bytes"]
     lines = [
         f"{found['bits']:.2f} bits a weight, {found['bytes'] / 1e6:,.1f} MB ({ratio:.1f} times less)",
@@ -168,4 +183,4 @@ def as_text(found: Mapping[str, Any], worst: int = 5) -> list[str]:
         ordered = sorted(found["layers"], key=lambda layer: -layer["kl"])[:worst]
         named = (f"{layer['layer']} (KL {layer['kl']:.4f}, error {100 * layer['error']:.1f} %)" for layer in ordered)
         lines.append(f"the layers that hurt most: {', '.join(named)}")
-    return lines
+    return lines + notes

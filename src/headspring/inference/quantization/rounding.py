@@ -56,13 +56,17 @@ class Grid:
 @torch.no_grad()
 def round_int8(weight: torch.Tensor, group: int | None = None) -> QuantizedMatrix:
     """weight (O, I): a scale, max|w| / 127, for each output, or for each `group` of its inputs."""
-    rows = weight.float().unflatten(1, (-1, group or weight.shape[1]))
-    scales = rows.abs().amax(dim=2, keepdim=True) / 127.0
-    if group:
-        scales = _in_half(scales * (1 + HALF.eps))  # rounded to float16, and never below what the largest weight needs
-    scales.clamp_(min=HALF.tiny if group else torch.finfo(torch.float32).tiny)
-    values = (rows / scales).round_().clamp_(-127, 127).to(torch.int8)
-    return QuantizedMatrix(values.flatten(1), scales[:, :, 0], None, 8)
+    rows = weight.reshape(-1, group or weight.shape[1])
+    values, scales = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows), 1)
+    some = max(1, CHUNK // rows.shape[1])
+    for wide, whole, scale in zip(rows.split(some), values.split(some), scales.split(some)):
+        wide = wide.float()
+        torch.div(wide.abs().amax(dim=1, keepdim=True), 127.0, out=scale)
+        if group:
+            scale.copy_(_in_half(scale * (1 + HALF.eps)))  # rounded to float16, never below what the largest weight needs
+        scale.clamp_(min=HALF.tiny if group else torch.finfo(torch.float32).tiny)
+        whole.copy_(torch.div(wide, scale).round_().clamp_(-127, 127))
+    return QuantizedMatrix(values.view(weight.shape), scales.view(len(weight), -1), None, 8)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ trained transformers have, then loses its precision in one group and not everywh
 import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from headspring.artifacts import UserError
 from headspring.artifacts.value import Value
@@ -35,6 +35,14 @@ class Quantization(Value):
     minimum: bool = False
     calibration: str | None = None
     tokens: int = Field(16_384, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Quantization":
+        if self.minimum and self.method == "int8":
+            raise ValueError("minimum is for 4 bits: int8 has as many values on both sides of 0")
+        if self.method != "int4-gptq" and (self.calibration is not None or "tokens" in self.model_fields_set):
+            raise ValueError(f"calibration is what int4-gptq reads; {self.method} rounds without any text")
+        return self
 
     @property
     def bits(self) -> int:

@@ -38,6 +38,7 @@ class Comparison:
     left: int = TRIAL  # steps until the way may change
     period: int = PERIOD
     best: bool | None = None  # the last decision
+    switched_off: int = 0  # times that it turned against proposing
 
     def note(self, proposed: bool, seconds: float, tokens: int) -> None:
         """A step was made."""
@@ -57,6 +58,7 @@ class Comparison:
         elif self.trying:
             best = max((True, False), key=lambda way: self.records[way].rate)
             self.period = min(2 * self.period, LONGEST_PERIOD) if best == self.best else PERIOD
+            self.switched_off += not best and self.best is not False
             self.best = self.way = best
             self.trying, self.left = False, self.period
             self.records[best] = Record()
@@ -70,6 +72,11 @@ class Controller:
 
     def __init__(self) -> None:
         self.comparisons: dict[int, Comparison] = {}
+
+    @property
+    def switched_off(self) -> int:
+        """Times that proposing was given up for a while, because it did not pay."""
+        return sum(one.switched_off for one in self.comparisons.values())
 
     def of(self, answers: int) -> Comparison:
         return self.comparisons.setdefault((answers - 1).bit_length(), Comparison())

@@ -22,7 +22,7 @@ from headspring.inference.engine.job import Job
 from headspring.inference.engine.runner import runner_for
 from headspring.inference.engine.sequence import Sequence, Work
 from headspring.inference.generation import Request
-from headspring.models.kernels.packing import pack_for_serving
+from headspring.inference.quantization.choice import prepare_for_serving
 from headspring.models.model import ModelModule
 from headspring.models.state import SNAPSHOTS
 
@@ -34,7 +34,7 @@ class Drafting:
     """A proposer with a model of its own, whose tokenizer has `named` ids."""
 
     def __init__(self, model: ModelModule, named: int):
-        pack_for_serving(model)
+        prepare_for_serving(model)
         self.model, self.named = model, named
         self.runner = runner_for(model, EngineConfig())
         self.cache = Cache(self.runner.groups, sharing=False)
@@ -80,7 +80,7 @@ class Drafting:
     def _draft(self, request: Request) -> Sequence:
         """The draft of an answer, with what it has read that still stands."""
         text = request.prompt + request.token_ids
-        draft = self.drafts.pop(request, None) or Sequence(Job(0, request.prompt, request.params), request, 0)
+        draft = self.drafts.pop(request, None) or self._begun(request)
         same = next((i for i, (a, b) in enumerate(zip(draft.tokens, text, strict=False)) if a != b), len(text))
         kept = min(same, draft.computed, len(text) - 1)
         if draft.state is not None and draft.computed - kept > SNAPSHOTS:
@@ -91,6 +91,10 @@ class Drafting:
         if len(self.drafts) > KEPT:
             self._drop(next(iter(self.drafts)))
         return draft
+
+    @staticmethod
+    def _begun(request: Request) -> Sequence:
+        return Sequence(Job(0, request.prompt, request.params, request.source), request, 0)
 
     def _make_room(self, draft: Sequence, using: Set[Request]) -> bool:
         """Pages for what a draft has to compute, at the cost of drafts that nobody asks for now; else it proposes no more."""

@@ -15,8 +15,9 @@ from headspring.artifacts.errors import UserError
 from headspring.evaluation.tasks import paired_difference
 from headspring.line.recipe import INITIAL
 from headspring.line.report import formats
-from headspring.line.report.reading import TRAINED_KINDS, RunView, StageView, lookup, number
+from headspring.line.report.reading import RunView, StageView, lookup, number
 
+TOLERATED = 0.01  # of bits per byte that a quantized model may lose
 VISIBLE_BITS = 0.005  # a change of bits per byte (which come without an interval) that is worth a colour
 RATES = (
     ("task_accuracy", "tasks right"),
@@ -28,7 +29,7 @@ RATES = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """One trained stage and its own metric."""
+    """One stage that makes a model, and its own metric."""
 
     stage: str
     metric: str
@@ -58,9 +59,9 @@ class Matrix:
 
 
 def verdicts(run: RunView) -> list[Verdict]:
-    """One verdict for each finished trained stage for which both sides were measured."""
+    """One verdict for each finished stage that makes a model and for which both sides were measured."""
     found = []
-    for stage in run.of_kind(*TRAINED_KINDS):
+    for stage in run.of_kind(*_JUDGES):
         verdict = _JUDGES[stage.kind](run, stage)
         if verdict:
             found.append(verdict)
@@ -110,7 +111,26 @@ def _judge_multimodal(run: RunView, stage: StageView) -> Verdict | None:
     return _judge_rate(stage, "questions about held-out items answered", found["before"], found["after"], ends)
 
 
+def _judge_quantize(run: RunView, stage: StageView) -> Verdict | None:
+    """Bytes should fall, and the loss on held-out text hardly rise."""
+    old, new = (number(stage.metrics.get(name)) for name in ("original_bytes", "bytes"))
+    low, high = (number(stage.metrics.get(name)) for name in ("original_bits_per_byte", "bits_per_byte"))
+    if old is None or new is None or low is None or high is None:
+        return None
+    before, after = f"{formats.byte_count(old)}, {low:.4f}", f"{formats.byte_count(new)}, {high:.4f}"
+    lost = high / low - 1
+    state = "failed" if new >= old else "improved" if lost <= TOLERATED else "unclear"
+    sentence = {
+        "improved": "",
+        "unclear": f"{stage.name} cost {100 * lost:.1f} % of bits per byte: more bits, smaller groups or int4-gptq cost less.",
+        "failed": f"{stage.name} did not make the model smaller, which is what it is for.",
+    }[state]
+    change = f"{old / new:.1f} times smaller, {formats.signed(high - low)} bits per byte"
+    return Verdict(stage.name, "bytes, held-out bits per byte", before, after, change, state, sentence)
+
+
 _JUDGES = {
+    "quantize": _judge_quantize,
     "pretrain": _judge_pretrain,
     "sft": _judge_sft,
     "preference": _judge_preference,

@@ -50,6 +50,13 @@ def _trained(stage: StageView) -> list[str]:
     ]
 
 
+def _quantized(stage: StageView) -> list[str]:
+    return [
+        _say(stage, "{}", formats.byte_count, "bytes") + _say(stage, " of {}", formats.byte_count, "original_bytes"),
+        _say(stage, "KL {} nats", lambda value: f"{value:.4f}", "kl"),
+    ]
+
+
 def _evaluate(stage: StageView) -> list[str]:
     return [
         _say(stage, "{} bits per byte", formats.plain, "bits_per_byte.all"),
@@ -73,6 +80,7 @@ _LINES = {
     "preference": _trained,
     "contrastive": _trained,
     "multimodal": _trained,
+    "quantize": _quantized,
     "evaluate": _evaluate,
     "baselines": _baselines,
 }

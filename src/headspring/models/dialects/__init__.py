@@ -32,7 +32,7 @@ for _module in pkgutil.iter_modules(__path__):
     if not _module.ispkg:
         importlib.import_module(f"{__name__}.{_module.name}")
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 Result = TypeVar("Result")
 SHOWN = 3  # fields in an error
 
@@ -72,7 +72,8 @@ def export_huggingface(
     """Write config.json and model.safetensors as `transformers` reads them.
 
     `family` is an architecture (`LlamaForCausalLM`); by default the first that expresses the model. `tokens` may give
-    `bos_token_id`, `eos_token_id` and `pad_token_id` (None otherwise: a class default would be another model's token).
+    `bos_token_id`, `eos_token_id` and `pad_token_id` (None otherwise: a class default would be another model's token); they
+    are also written to generation_config.json, where servers look for what ends an answer.
     Raises `UserError` naming the fields that the format has no words for.
     """
     chosen = _lossless(model.config, DIALECTS if family is None else {family: by_name(family)})
@@ -84,6 +85,8 @@ def export_huggingface(
     folder = Path(folder)
     write(to_theirs(rules, tensors), folder)
     write_json(folder / CONFIG, {**special, **chosen.write(model.config), "torch_dtype": dtype})
+    if given := {name: value for name, value in special.items() if value is not None}:
+        write_json(folder / GENERATION, given)
 
 
 def expresses(model: Model) -> str | None:

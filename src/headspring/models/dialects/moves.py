@@ -45,7 +45,7 @@ class Rows:
     axis: int = 0
 
     def out(self, ours: Tensors) -> Tensors:
-        return [torch.cat(ours, self.axis)] if len(ours) > 1 else ours
+        return [_joined(ours, self.axis)] if len(ours) > 1 else ours
 
     def back(self, theirs: Tensors, shapes: Sequence[Shape]) -> Tensors:
         return list(theirs[0].split([shape[self.axis] for shape in shapes], self.axis))
@@ -69,7 +69,7 @@ class Grouped:
     groups: int
 
     def out(self, ours: Tensors) -> Tensors:
-        return [torch.cat([tensor.unflatten(0, (self.groups, -1)) for tensor in ours], dim=1).flatten(0, 1)]
+        return [_joined([tensor.unflatten(0, (self.groups, -1)) for tensor in ours], 1).flatten(0, 1)]
 
     def back(self, theirs: Tensors, shapes: Sequence[Shape]) -> Tensors:
         shares = [shape[0] // self.groups for shape in shapes]
@@ -113,7 +113,7 @@ class Pairs:
         rotated = heads.shape[1] - self.skipped if self.rotated is None else self.rotated
         before, turning, after = heads.split([self.skipped, rotated, heads.shape[1] - self.skipped - rotated], dim=1)
         turned = turning.unflatten(1, sizes).transpose(1, 2).flatten(1, 2)
-        return torch.cat([before, turned, after], dim=1).flatten(0, 1)
+        return _joined([before, turned, after], 1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -164,3 +164,12 @@ def then(first: Move, *more: Move) -> Move:
 def moved_shapes(move: Move, shapes: Sequence[Shape]) -> list[Shape]:
     """The shapes of theirs, from those of ours: the move itself, on tensors without memory."""
     return [tuple(tensor.shape) for tensor in move.out([torch.empty(shape, device="meta") for shape in shapes])]
+
+
+def _joined(tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """`torch.cat`. Of shapes alone it imports torch's compiler, which takes a second, so that they are added up here."""
+    if tensors[0].device.type != "meta":
+        return torch.cat(list(tensors), axis)
+    shape = list(tensors[0].shape)
+    shape[axis] = sum(tensor.shape[axis] for tensor in tensors)
+    return tensors[0].new_empty(shape)

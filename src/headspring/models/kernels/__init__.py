@@ -163,8 +163,11 @@ def multiply(
     return linear(x, (weight,), () if bias is None else (bias,))
 
 
-def product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (..., I) times the transposed matrix, plus bias (O,) → (..., O), in the dtype of `x`. Without gradients.
+def product(
+    x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x (..., I) times the transposed matrix, plus bias (O,) → (..., O), in the dtype of `x`; into `out`, contiguous, where it
+    is given. Without gradients.
 
     A row of the result depends on that row of `x` alone, bit for bit, where native products apply and for integer kinds.
     """
@@ -174,9 +177,10 @@ def product(x: torch.Tensor, packed: PackedMatrix, bias: torch.Tensor | None = N
     bias = None if bias is None else bias.to(x.dtype)
     operators = _multiplier(x, packed.kind)
     if operators is not None:
-        return operators.packed_product(x, packed, bias)
+        return operators.packed_product(x, packed, bias, out)
     y = product_plain(x.reshape(-1, x.shape[-1]), packed).view(*x.shape[:-1], packed.shape[0])
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    return y if out is None else out.copy_(y)
 
 
 rejected_kinds: set[Kind] = set()  # native products that failed their test here (inference/quantization/choice.py)

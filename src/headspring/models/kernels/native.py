@@ -263,24 +263,50 @@ class Library:
     def write_pages(self, k: torch.Tensor, v: torch.Tensor, pages: "Pages", slots: torch.Tensor) -> None:
         paging.write(self._handle, k, v, pages, slots)
 
-    def packed_product(self, x: torch.Tensor, packed: "PackedMatrix", bias: torch.Tensor | None) -> torch.Tensor:
+    def packed_product(
+        self, x: torch.Tensor, packed: "PackedMatrix", bias: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """x (..., I) times the transposed matrix → (..., O), plus bias (O,), in the dtype of `x`: bfloat16, or float32 with
-        an integer kind."""
+        an integer kind. Written to `out` (contiguous) where that is given."""
         outputs, inputs = packed.shape
         rows = x if x.is_contiguous() else x.reshape(-1, inputs)
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
+        y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype) if out is None else out
         run = self._handle.packed_product_bf16 if x.dtype == torch.bfloat16 else self._handle.packed_product_f32
         distance = inputs if rows.is_contiguous() else rows.stride(0)
         places = y.data_ptr(), None if bias is None else bias.data_ptr()
         run(torch.get_num_threads(), packed.address, rows.data_ptr(), distance, x.numel() // inputs, *places)
         return y
 
-    def pack_words(self, words: torch.Tensor, change: int = 0, *, halves: bool = False) -> torch.Tensor:
+    def router_logits(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x (..., D) · weightᵀ + bias in float32, (..., E). weight (E, D) and bias (E,) float32."""
+        y = torch.empty(*x.shape[:-1], len(weight))
+        self._call("router_logits", x.dtype, x, weight, bias, y, x.numel() // x.shape[-1], x.shape[-1], len(weight))
+        return y
+
+    def combine(self, rows: torch.Tensor, weights: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Σ over k of weights[n, k] · rows[place[n, k]] (N, D), rows (M, D), weights (N, K) float32; place (N, K) int64, -1 for
+        none."""
+        y = torch.empty(len(place), rows.shape[1], dtype=rows.dtype)
+        self._call("combine", rows.dtype, rows, weights, place, y, *place.shape, rows.shape[1])
+        return y
+
+    def combine_backward(
+        self, gradient: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, place: torch.Tensor, grad_rows: torch.Tensor
+    ) -> torch.Tensor:
+        """The gradient of `combine`'s weights; that of its rows goes to `grad_rows`, where a token has them."""
+        grad_weights, sizes = torch.empty_like(weights), (*place.shape, rows.shape[1])
+        self._call("combine_backward", rows.dtype, gradient, rows, weights, place, grad_rows, grad_weights, *sizes)
+        return grad_weights
+
+    def pack_words(
+        self, words: torch.Tensor, change: int = 0, *, halves: bool = False, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """words (O, W) int32, W a multiple of 16 → panels of 32 rows (⌈O / 32⌉, W, 32), filled up with zeros, every byte ^
-        `change`. `halves`: (⌈O / 32⌉, W, 16), the bytes + `change` being of 4 bits, and rows n and n + 16 sharing one."""
+        `change`, in `out` where it is given. `halves`: (⌈O / 32⌉, W, 16), the bytes + `change` being of 4 bits, and rows n and
+        n + 16 sharing one."""
         rows, width = words.shape
-        panels = torch.empty(-(-rows // 32), width, 16 if halves else 32, dtype=torch.int32)
+        panels = torch.empty(-(-rows // 32), width, 16 if halves else 32, dtype=torch.int32) if out is None else out
         sizes = ctypes.c_int64(rows), ctypes.c_int64(width), ctypes.c_uint32(change * 0x01010101), ctypes.c_int64(halves)
         self._handle.pack_words(ctypes.c_int(torch.get_num_threads()), _pointer(words), *sizes, _pointer(panels))
         return panels

@@ -30,11 +30,13 @@ from torch.nn.functional import linear, pad
 
 from headspring.artifacts.errors import UserError
 from headspring.models.kernels import native
+from headspring.models.kernels.huge_pages import Room
 
 Kind = Literal["bf16", "int8", "groups"]
 KINDS: tuple[Kind, ...] = ("bf16", "int8", "groups")
 PANEL = 32
 GROUP_SIZES = (16, 32, 64, 128)
+PARTS = ("values", "scales", "minimums")
 
 
 class Mirror(ctypes.Structure):
@@ -77,7 +79,7 @@ class PackedMatrix:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """What it has of values, scales and minimums."""
-        named = {"values": self.values, "scales": self.scales, "minimums": self.minimums}
+        named = {name: getattr(self, name) for name in PARTS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
@@ -176,30 +178,30 @@ class PackedMatrix:
 # ---- packing
 
 
-def pack_bf16(weight: torch.Tensor) -> PackedMatrix:
-    """weight (O, I) of any floating dtype, rounded to bfloat16."""
+def pack_bf16(weight: torch.Tensor, room: Room | None = None) -> PackedMatrix:
+    """weight (O, I) of any floating dtype, rounded to bfloat16. In `room`, where there is one."""
     rows = _whole_lines(weight.detach().to(torch.bfloat16), 32)
-    return PackedMatrix("bf16", _shape(weight), _in_panels(rows.view(torch.int32)))
+    return PackedMatrix("bf16", _shape(weight), _in_panels(rows.view(torch.int32), room=room))
 
 
-def pack_int8(weight: torch.Tensor, scales: torch.Tensor) -> PackedMatrix:
-    """weight (O, I) int8 times scales (O,), one for each output."""
+def pack_int8(weight: torch.Tensor, scales: torch.Tensor, room: Room | None = None) -> PackedMatrix:
+    """weight (O, I) int8 times scales (O,), one for each output. Its values lie in `room`, where there is one."""
     if weight.dtype != torch.int8 or scales.shape != weight.shape[:1]:
         raise UserError(f"pack_int8 takes int8 (O, I) and scales (O,), not {weight.dtype} and {tuple(scales.shape)}")
     padded = pad(scales.detach().float(), (0, -len(scales) % PANEL))
-    words = _in_panels(_whole_lines(weight.detach(), 64).view(torch.int32), 128)
+    words = _in_panels(_whole_lines(weight.detach(), 64).view(torch.int32), 128, room)
     return PackedMatrix("int8", _shape(weight), words, padded, bits=8, offset=128)
 
 
-def round_to_int8(weight: torch.Tensor) -> PackedMatrix:
-    """weight (O, I) rounded to 255 values an output."""
+def round_to_int8(weight: torch.Tensor, room: Room | None = None) -> PackedMatrix:
+    """weight (O, I) rounded to 255 values an output. Its values lie in `room`, where there is one."""
     whole, scales = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), []
     size = max(1, 2**17 // weight.shape[1])  # some rows at a time, which stay in the cache
     for rows, rounded in zip(weight.detach().split(size), whole.split(size)):
         wide = rows.float()
         scales.append(torch.maximum(wide.amax(1), -wide.amin(1)) / 127)
         rounded.copy_((wide / scales[-1].clamp_min(1e-30)[:, None]).round_())
-    return pack_int8(whole, torch.cat(scales))
+    return pack_int8(whole, torch.cat(scales), room)
 
 
 def pack_groups(
@@ -227,15 +229,17 @@ def pack_groups(
     return PackedMatrix("groups", (outputs, inputs), words, lanes, least, bits, group, offset)
 
 
-def join(matrices: Sequence[PackedMatrix]) -> PackedMatrix:
-    """Several matrices side by side in one: outputs follow one another. They must have one `form`."""
+def join(matrices: Sequence[PackedMatrix], room: Room | None = None) -> PackedMatrix:
+    """Several matrices side by side in one: outputs follow one another. They must have one `form`. In `room`, where there is
+    one and the outputs fill panels."""
     head = matrices[0]
     if any(matrix.form != head.form for matrix in matrices):
         raise UserError("matrices of different kinds, inputs or groups cannot be joined into one")
     shape = (sum(matrix.shape[0] for matrix in matrices), head.shape[1])
     if all(matrix.shape[0] % PANEL == 0 for matrix in matrices[:-1]):
-        scales, minimums = _beside([m.scales for m in matrices]), _beside([m.minimums for m in matrices])
-        return replace(head, shape=shape, values=torch.cat([m.values for m in matrices]), scales=scales, minimums=minimums)
+        values, scales, minimums = (_beside([getattr(m, name) for m in matrices], room) for name in PARTS)
+        assert values is not None
+        return replace(head, shape=shape, values=values, scales=scales, minimums=minimums)
     rows = [matrix.unpacked for matrix in matrices]
     values = torch.cat([row[0] for row in rows])
     scales, minimums = _beside([row[1] for row in rows]), _beside([row[2] for row in rows])
@@ -244,9 +248,12 @@ def join(matrices: Sequence[PackedMatrix]) -> PackedMatrix:
     return pack_int8(values, scales) if head.kind == "int8" else pack_groups(values, scales, minimums, head.bits)
 
 
-def _beside(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def _beside(parts: Sequence[torch.Tensor | None], room: Room | None = None) -> torch.Tensor | None:
     present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+    if not present or room is None:
+        return torch.cat(present) if present else None
+    whole = room.empty((sum(map(len, present)), *present[0].shape[1:]), present[0].dtype)
+    return torch.cat(present, out=whole)
 
 
 def _shape(weight: torch.Tensor) -> tuple[int, int]:
@@ -264,11 +271,12 @@ def _packer(words: torch.Tensor) -> native.Library | None:
     return built if built is not None and built.has_packed_products and words.device.type == "cpu" else None
 
 
-def _in_panels(words: torch.Tensor, flip: int = 0) -> torch.Tensor:
+def _in_panels(words: torch.Tensor, flip: int = 0, room: Room | None = None) -> torch.Tensor:
     """(O, lines) int32 → (P, lines, 32), each byte ^ `flip`."""
     built = _packer(words)
     if built is not None:
-        return built.pack_words(words, flip)
+        shape = (-(-len(words) // PANEL), words.shape[1], PANEL)
+        return built.pack_words(words, flip, out=None if room is None else room.empty(shape, torch.int32))
     words = (words.view(torch.uint8) ^ flip).view(torch.int32) if flip else words
     return pad(words, (0, 0, 0, -len(words) % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 

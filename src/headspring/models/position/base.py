@@ -55,6 +55,10 @@ class PositionModule(PartModule):
         (…, T, S) → (…, H, T, S)."""
         return None
 
+    def element(self, relative: torch.Tensor, head: torch.Tensor, context: Context) -> torch.Tensor:
+        """The same for one query, key and head, or for tensors of them that broadcast, once prepared."""
+        raise NotImplementedError
+
     def cost(self, name: str, vectors: int) -> Cost | None:
         """What it costs per token, with `vectors` queries and keys a token. None where that is nothing."""
         return None

@@ -101,6 +101,12 @@ class ALiBiModule(ScoreBiasModule):
         super().__init__()
         self.value, self.heads, self.key = value, heads, f"{value!r} {heads}"
 
+    def prepare(self, context: Context) -> None:
+        context.once(f"slopes {self.key}", lambda: self.value.slopes(self.heads).to(context.device))
+
+    def element(self, relative: torch.Tensor, head: torch.Tensor, context: Context) -> torch.Tensor:
+        return -context.prepared[f"slopes {self.key}"][head] * relative.abs().float()
+
     def between(self, relative: torch.Tensor, context: Context) -> torch.Tensor:
         slopes = self.value.slopes(self.heads).to(relative.device)
         return -slopes[:, None, None] * relative.unsqueeze(-3).abs().float()
@@ -127,6 +133,9 @@ class T5BiasModule(ScoreBiasModule):
         places = buckets_of(relative, self.value.buckets, self.value.max_distance, self.causal)
         return nn.functional.embedding(places, self.weight.float()).movedim(-1, -3)
 
+    def element(self, relative: torch.Tensor, head: torch.Tensor, context: Context) -> torch.Tensor:
+        return self.weight.float()[buckets_of(relative, self.value.buckets, self.value.max_distance, self.causal), head]
+
     def cost(self, name: str, vectors: int) -> Cost:
         return Cost(name, self.weight.numel(), shape=f"{self.value.buckets} × {self.weight.shape[1]}")
 
@@ -152,3 +161,6 @@ class SharedBiasModule(ScoreBiasModule):
 
     def between(self, relative: torch.Tensor, context: Context) -> torch.Tensor:
         return context.prepared[SHARED].between(relative, context)
+
+    def element(self, relative: torch.Tensor, head: torch.Tensor, context: Context) -> torch.Tensor:
+        return context.prepared[SHARED].element(relative, head, context)

@@ -19,7 +19,7 @@ from pydantic import Field
 from headspring.artifacts.errors import UserError
 from headspring.text.documents import Document, Kind
 from headspring.text.sources.base import Reading, SourceConfig
-from headspring.text.sources.locate import File, locate
+from headspring.text.sources.locate import File, failures, first_line, locate
 from headspring.text.sources.pieces import BinaryFile, read_pieces, split_string
 
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
@@ -62,9 +62,10 @@ class Files(SourceConfig):
                     if file.named:
                         raise UserError(f"{file.name}: binary file (it has NUL bytes); give text files") from None
                     reading.count(name, "binary_files_skipped")
-                except (OSError, EOFError, pa.ArrowInvalid) as error:
-                    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-                    raise UserError(f"{file.name}: cannot be read ({reason}); fix or exclude it") from error
+                except UserError:
+                    raise
+                except (*failures(file.name), EOFError, pa.ArrowInvalid) as error:
+                    raise UserError(f"{file.name}: cannot be read ({first_line(error)}); fix or exclude it") from error
 
     def _read_file(self, file: File, name: str, reading: Reading) -> Iterator[Document]:
         extension = extension_of(file.name)

@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from headspring.artifacts import UserError
+from headspring.tokenization.prompt_start import without_start
 from headspring.tokenization.tokenizer import Tokenizer
 
 KNOWN = "tokenizer.json, *.model, vocab.txt, merges.txt or *.gguf"
@@ -75,7 +76,7 @@ def _is_tokenizer_stage(manifest: Path) -> bool:
 
 
 def _load_json(file: Path) -> Tokenizer:
-    library = LibraryTokenizer.from_file(str(file))
+    library = without_start(LibraryTokenizer.from_file(str(file)))
     names = _read_config(file.parent / "tokenizer_config.json")
     template = names.get("chat_template")
     if isinstance(template, list):  # several named templates: the default one

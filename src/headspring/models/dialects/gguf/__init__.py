@@ -5,7 +5,8 @@ what was written gives the same bits for float32, float16 and bfloat16; the bloc
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def read_gguf(
     complete(rules, shapes)
     check_shapes(rules, shapes, tensors, str(file.path))
     kept = [rule for rule in rules if keep and all(keeps(file, name) for name in rule.theirs)]
+    kept = [rule for rule in kept if _siblings(rule, rules) <= set(kept)]
     plain = [rule for rule in rules if rule not in kept]
     theirs = {name: read(file, name, dtype or dtype_of(file)) for rule in plain for name in rule.theirs}
     matrices = {name: matrix for rule in kept for name, matrix in _moved(rule, file, shapes)}
@@ -70,13 +72,19 @@ def read_gguf(
     return model, matrices
 
 
+def _siblings(rule: Rule, rules: Sequence[Rule]) -> set[Rule]:
+    """The rules of the same experts, whose matrices are whole numbers together or not at all."""
+    owner = rule.ours[0].rpartition(".")[0]
+    return {other for other in rules if other.ours[0].rpartition(".")[0] == owner} if owner.endswith(".experts") else {rule}
+
+
 def _moved(rule: Rule, file: GgufFile, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, QuantizedMatrix]]:
     """The matrices of a rule in our order. Moves of this format permute and cut rows only, and scales belong to rows."""
     (name,) = rule.theirs
     matrix = read_groups(file, name)
 
     def back(part: torch.Tensor) -> list[torch.Tensor]:
-        return rule.move.back([part], [(shapes[ours][0], part.shape[1]) for ours in rule.ours])
+        return rule.move.back([part], [(math.prod(shapes[ours][:-1]), part.shape[1]) for ours in rule.ours])
 
     minimums = [None] * len(rule.ours) if matrix.minimums is None else back(matrix.minimums)
     for ours, values, scales, minimum in zip(rule.ours, back(matrix.values), back(matrix.scales), minimums, strict=True):
@@ -130,6 +138,9 @@ def _family(file: GgufFile) -> GgufFamily:
     if not isinstance(name, str):
         raise UserError(f"says nothing of its architecture ({ARCHITECTURE}): not a model")
     found = {family.architecture: family for family in GGUF_FAMILIES}
+    fitting = next((family for family in GGUF_FAMILIES if family.describes(file.metadata)), None)
+    if fitting is not None:
+        return fitting
     if name not in found:
         near = ", ".join(difflib.get_close_matches(name, found, len(found), cutoff=0.0))
         needed = "a table of its tensors in models/dialects/gguf/families.py"

@@ -4,8 +4,9 @@ F32, F16 and BF16 are plain numbers and keep their dtype and bits. The others st
 a few bits each, with one scale a block (Q8_0, Q4_0, Q5_0), a scale and a minimum (Q4_1, Q5_1), or a scale of scales (the
 K formats); reading one gives float32, exactly the value that the block says.
 
-The block formats are those of the `gguf` package, vectorised in numpy; the tests hold them against definitions written
-one value at a time. What this gives up: unpacked here, a quantized file takes the memory of float32; `groups` keeps the blocks.
+Blocks are read as whole numbers (`groups`) and multiplied out. The tests hold that against the `gguf` package, which writes
+them, and against definitions written one value at a time. What this gives up: unpacked here, a quantized file takes the memory
+of floats; `groups` keeps the blocks.
 """
 
 from collections.abc import Sequence
@@ -13,14 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize, quantize
+from gguf.quants import quantize
 
 from headspring.artifacts.errors import UserError
 from headspring.artifacts.gguf import GgufFile
+from headspring.models.dialects.gguf.groups import BLOCKS, ROUTER, read_groups
 
 Type = GGMLQuantizationType
 PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
-BLOCKS = (Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q4_K, Type.Q5_K, Type.Q6_K)
 # What `pack` writes, by the name a user gives.
 WRITTEN: dict[str, Type] = {
     **{str(dtype).removeprefix("torch."): type for type, dtype in PLAIN.items()},
@@ -31,8 +32,8 @@ FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 7
 
 
 def dtype_of(file: GgufFile) -> torch.dtype:
-    """The one plain dtype that all matrices of a file are stored in, or else float32. (Vectors are float32 by custom.)"""
-    types = {info.type for info in file.tensors.values() if len(info.shape) > 1}
+    """The one plain dtype that all matrices of a file have, or else float32. (Vectors and routers are float32 by custom.)"""
+    types = {info.type for name, info in file.tensors.items() if len(info.shape) > 1 and not name.endswith(ROUTER)}
     return PLAIN.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
 
 
@@ -46,19 +47,16 @@ def read(file: GgufFile, name: str, dtype: torch.dtype) -> torch.Tensor:
     if info.type not in BLOCKS:
         names = ", ".join(type.name for type in (*PLAIN, *BLOCKS))
         raise UserError(f"{file.path}: the tensor {name!r} is {info.type.name}; those that can be read are {names}")
-    rows = content.reshape(*info.shape[:-1], -1)
-    with np.errstate(all="ignore"):  # a scale may be any float16, infinity included
-        values = dequantize(rows, info.type)
-    return torch.from_numpy(values).reshape(info.shape).to(dtype)
+    return read_groups(file, name).dequantized(dtype).view(info.shape)
 
 
 def type_for(name: str, shape: Sequence[int], dtype: torch.dtype, wanted: Type | None) -> Type:
-    """How a tensor is stored: a matrix as `wanted` (None: in its own dtype), a vector in float32, as llama.cpp wants it.
+    """How a tensor is stored: a matrix as `wanted` (None: in its own dtype), vectors and routers in float32, as llama.cpp does.
 
     Raises `UserError` where rows are no whole blocks.
     """
     own = {plain: type for type, plain in PLAIN.items()}
-    chosen = Type.F32 if len(shape) < 2 else own.get(dtype, Type.F32) if wanted is None else wanted
+    chosen = Type.F32 if len(shape) < 2 or name.endswith(ROUTER) else own.get(dtype, Type.F32) if wanted is None else wanted
     block, kind = GGML_QUANT_SIZES[chosen][0], chosen.name.lower()
     if shape[-1] % block:
         raise UserError(f"{name}: rows of {shape[-1]} values are no whole blocks of {block}, which {kind} needs")

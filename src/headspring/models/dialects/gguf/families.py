@@ -6,6 +6,8 @@
 | qwen2 | Qwen2 | halves | one a matrix, biases on q, k, v |
 | qwen3 | Qwen3 | halves | one a matrix, norms on q, k |
 | phi3 | Phi-3 | halves | q, k, v fused; gate and up fused |
+| llama with `expert_count` | Mixtral | neighbours | as llama; of experts one tensor for each of gate, up and down |
+| qwen3moe | Qwen3-MoE | halves | as qwen3 and as above |
 
 llama.cpp rotates neighbouring channels (2c, 2c + 1) of a head in files of architecture llama, and the halves (c, c + C/2)
 in the others. `RoPE` rotates halves, so that the rows of q and k of the first kind change places (`moves.Pairs`).
@@ -46,6 +48,17 @@ KEYS = {
     "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
 }
+# Of mixtures of experts. Their readers divide the weights of the chosen experts by their sum, and no key says otherwise.
+MIXTURE_KEYS = {
+    "MixtralForCausalLM": {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    "Qwen3MoeForCausalLM": {
+        "expert_count": "num_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+    },
+}
+NORMALISED = {"Qwen3MoeForCausalLM": {"norm_topk_prob": True}}
+EXPERT_COUNT = "expert_count"
 # Keys that are read beside the table, and what they must be to change nothing.
 NEUTRAL: dict[str, Any] = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0}
 VALUE_LENGTH = "attention.value_length"
@@ -64,6 +77,16 @@ class GgufFamily:
     paired: bool = False
     stretched: bool = False
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """Keys of the format and what they are called in `config.json`."""
+        return KEYS | MIXTURE_KEYS.get(self.huggingface, {})
+
+    def describes(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether files with such metadata are of this family: a name may stand for a dense model and for a mixture."""
+        experts = bool(metadata.get(f"{self.architecture}.{EXPERT_COUNT}", 0))
+        return metadata.get(ARCHITECTURE) == self.architecture and experts == (self.huggingface in MIXTURE_KEYS)
+
     def rules(self, model: Any) -> Iterator[Rule]:
         """The table for this model, layer by layer."""
         for rule in expand(self.body if model.tied else (*self.body, HEAD), len(model.layers)):
@@ -79,7 +102,8 @@ class GgufFamily:
         """
         prefix = f"{self.architecture}."
         settings = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-        config = {theirs: _scalar(key, settings[key]) for key, theirs in KEYS.items() if key in settings}
+        config = {theirs: _scalar(key, settings[key]) for key, theirs in self.keys.items() if key in settings}
+        config |= NORMALISED.get(self.huggingface, {})
         config.setdefault("rope_theta", THETA)
         config["tie_word_embeddings"] = metadata[TIED]
         config["use_sliding_window"] = "sliding_window" in config
@@ -88,7 +112,7 @@ class GgufFamily:
         if heads and width:  # the format's defaults, where a class of transformers has others
             config.setdefault("head_dim", width // heads)
             config.setdefault("num_key_value_heads", heads)
-        _refuse(settings, config)
+        _refuse(settings, config, self.keys)
         try:
             return with_rotation(by_name(self.huggingface).read(config, most), settings, metadata.get(FACTORS))
         except UserError as error:
@@ -102,7 +126,7 @@ class GgufFamily:
         if not isinstance(model, Decoder):
             raise UserError(f"the model is a {type(model).__name__}, and GGUF ({self.architecture}) has a Decoder there")
         config = by_name(self.huggingface).write(without_scaling(model))
-        said = {key: config[theirs] for key, theirs in KEYS.items() if config.get(theirs) is not None}
+        said = {key: config[theirs] for key, theirs in self.keys.items() if config.get(theirs) is not None}
         attention: Any = model.layers[0].mixer.f
         rotation, factors = rotation_of(attention, model.width)
         said |= {VALUE_LENGTH: config["head_dim"], **rotation}
@@ -129,13 +153,13 @@ def _scalar(key: str, value: Any) -> Any:
     return value
 
 
-def _refuse(settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def _refuse(settings: Mapping[str, Any], config: Mapping[str, Any], keys: Mapping[str, str]) -> None:
     """Raise `UserError` for settings under which the model would be another function."""
-    unknown = sorted(settings.keys() - KEYS.keys() - NEUTRAL.keys() - {VALUE_LENGTH, *ROTATION})
+    unknown = sorted(settings.keys() - keys.keys() - NEUTRAL.keys() - {VALUE_LENGTH, *ROTATION})
     if unknown:
         raise UserError(f"its metadata: the setting {unknown[0]!r} is not supported")
     for key, only in NEUTRAL.items():
-        if settings.get(key, only) != only:
+        if key not in keys and settings.get(key, only) != only:
             raise UserError(f"its metadata: {key} = {settings[key]!r} is not supported, only {only!r}")
     channels = config.get("head_dim")
     if settings.get(VALUE_LENGTH, channels) != channels:
@@ -160,10 +184,11 @@ STEM = (
     _layer("attn_norm.weight", "mixer.pre.weight"),
     _layer("attn_output.weight", "mixer.f.out.weight"),
     _layer("ffn_norm.weight", "feedforward.pre.weight"),
-    _layer("ffn_down.weight", "feedforward.f.out.weight"),
 )
-SEPARATE = (
-    *(_layer(f"attn_{x}.weight", f"mixer.f.{x}.weight") for x in "qkv"),
+SEPARATE = tuple(_layer(f"attn_{x}.weight", f"mixer.f.{x}.weight") for x in "qkv")
+DOWN = (_layer("ffn_down.weight", "feedforward.f.out.weight"),)
+GATED = (
+    *DOWN,
     *(_layer(f"ffn_{x}.weight", f"feedforward.f.{x}.weight") for x in ("gate", "up")),
 )
 FUSED = (
@@ -171,12 +196,19 @@ FUSED = (
     _layer("ffn_up.weight", "feedforward.f.gate.weight", "feedforward.f.up.weight"),
 )
 BIASES = tuple(_layer(f"attn_{x}.bias", f"mixer.f.{x}.bias") for x in "qkv")
+MIXTURE = (
+    _layer("ffn_gate_inp.weight", "feedforward.f.router.weight"),
+    *(_layer(f"ffn_{x}_exps.weight", f"feedforward.f.experts.{x}") for x in ("gate", "up")),
+    _layer("ffn_down_exps.weight", "feedforward.f.experts.out"),
+)
 HEAD = Rule("output.weight", "head.weight")
 QK_NORMS = tuple(_layer(f"attn_{x}_norm.weight", f"mixer.f.{x}_norm.weight") for x in "qk")
 
 GGUF_FAMILIES = (
-    GgufFamily("llama", "LlamaForCausalLM", STEM + SEPARATE, paired=True, stretched=True),
-    GgufFamily("qwen2", "Qwen2ForCausalLM", STEM + SEPARATE + BIASES),
-    GgufFamily("qwen3", "Qwen3ForCausalLM", STEM + SEPARATE + QK_NORMS),
-    GgufFamily("phi3", "Phi3ForCausalLM", STEM + FUSED),
+    GgufFamily("llama", "LlamaForCausalLM", STEM + SEPARATE + GATED, paired=True, stretched=True),
+    GgufFamily("llama", "MixtralForCausalLM", STEM + SEPARATE + MIXTURE, paired=True, stretched=True),
+    GgufFamily("qwen2", "Qwen2ForCausalLM", STEM + SEPARATE + BIASES + GATED),
+    GgufFamily("qwen3", "Qwen3ForCausalLM", STEM + SEPARATE + QK_NORMS + GATED),
+    GgufFamily("qwen3moe", "Qwen3MoeForCausalLM", STEM + SEPARATE + QK_NORMS + MIXTURE),
+    GgufFamily("phi3", "Phi3ForCausalLM", STEM + FUSED + DOWN),
 )

@@ -1,32 +1,36 @@
 """The block formats of GGUF as groups of whole numbers, so that a product can read them without unpacking them to floats.
 
-Every format that `blocks` reads is scale · value (+ minimum) over 16 or 32 inputs of an output, and only the bytes stand in
-another order. The result has exactly the values that `blocks.read` gives, bit for bit (the products of scales that the K
-formats take are rounded to float32 there, too).
+Every format here is scale · value (+ minimum) over 16 or 32 inputs of an output, and only the bytes stand in
+another order. The result means exactly what the `gguf` package reads, bit for bit (the products of scales that the K formats
+take are rounded to float32 there, too).
 """
+
+import math
 
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as Type
 
 from headspring.artifacts.gguf import GgufFile
-from headspring.models.dialects.gguf.blocks import BLOCKS, Type
 from headspring.models.quantized import QuantizedMatrix
 
+BLOCKS = (Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q4_K, Type.Q5_K, Type.Q6_K)
+ROUTER = "ffn_gate_inp.weight"
 # Bytes of a block's head: scales (float16, `d`), minimums (`m`), upper bits (`h`), lower bits (`q`), scales of scales (`s`).
 SMALL = {Type.Q8_0: "d", Type.Q4_0: "d", Type.Q4_1: "dm", Type.Q5_0: "dh", Type.Q5_1: "dmh"}
 
 
 def keeps(file: GgufFile, name: str) -> bool:
-    """Whether a tensor is a matrix in blocks."""
+    """Whether a tensor is a matrix in blocks, or the matrices of experts; a router's numbers are not multiplied as blocks."""
     info = file.tensors[name]
-    return len(info.shape) == 2 and info.type in BLOCKS
+    return len(info.shape) in (2, 3) and info.type in BLOCKS and not name.endswith(ROUTER)
 
 
 def read_groups(file: GgufFile, name: str) -> QuantizedMatrix:
-    """A tensor for which `keeps` is true."""
+    """A tensor in blocks, all but its last dimension as one."""
     info = file.tensors[name]
-    outputs, inputs = info.shape
+    outputs, inputs = math.prod(info.shape[:-1]), info.shape[-1]
     blocks = file.content(name).reshape(-1, GGML_QUANT_SIZES[info.type][1])
     with np.errstate(all="ignore"):  # a scale may be any float16, infinity included
         values, scales, minimums = _small(blocks, info.type) if info.type in SMALL else _large(blocks, info.type)

@@ -5,6 +5,7 @@
 // asks at run time how near they lie, and the two round differently. (An array may be its own source, element by element.)
 
 #include "rows.h"
+#include "vectors.h"
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -20,40 +21,6 @@ extern "C" int prepare_products() {
 #else
     return 0;
 #endif
-}
-
-static inline float load(float x) { return x; }
-static inline float load(bf16 x) {
-    uint32_t wide = uint32_t(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-}
-static inline void store(float *out, float x) { *out = x; }
-static inline void store(bf16 *out, float x) {  // round to nearest even
-    uint32_t wide;
-    std::memcpy(&wide, &x, 4);
-    wide += 0x7fff + ((wide >> 16) & 1);
-    out->bits = uint16_t(wide >> 16);
-}
-
-// exp(x) for any x: 2^(x log2 e) by a polynomial on the fraction, relative error below 3e-7. Written so that it vectorises.
-static inline float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    float scaled = x * 1.44269504089f;
-    float whole = std::nearbyint(scaled);
-    float f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
-    int32_t exponent = (int32_t(whole) + 127) << 23;
-    float power;
-    std::memcpy(&power, &exponent, 4);
-    return p * power;
 }
 
 template <class T>
@@ -118,12 +85,14 @@ static void add_rms_norm(int threads, const T *x, const T *y, const float *weigh
     }
 }
 
+static inline floats sigmoid(floats x) { return 1.0f / (1.0f + exp_of(-x)); }
+
 template <class T>
 void silu_multiply_row(const T *gate, const T *up, T *y, int64_t width) {
-#pragma omp simd
-    for (int64_t i = 0; i < width; i++) {
-        float g = load(gate[i]);
-        store(y + i, g / (1.0f + fast_exp(-g)) * load(up[i]));
+    for (int64_t i = 0; i < width; i += 16) {
+        const int64_t count = width - i;
+        const floats g = load16(gate + i, count);
+        store16(y + i, g * sigmoid(g) * load16(up + i, count), count);
     }
 }
 
@@ -134,18 +103,17 @@ static void silu_multiply(int threads, const T *gate, const T *up, T *y, int64_t
     for (int64_t r = 0; r < rows; r++) silu_multiply_row(gate + r * stride, up + r * stride, y + r * width, width);
 }
 
+// With s = sigmoid(gate):  d up = dy gate s,  d gate = dy up s (1 + gate (1 − s)).
 template <class T>
 static void silu_multiply_backward(int threads, const T *gradient, const T *gate, const T *up, T *grad_gate, T *grad_up,
                                    int64_t rows, int64_t width, int64_t stride) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; r++)
-#pragma omp simd
-        for (int64_t i = 0; i < width; i++) {
-            int64_t at = r * stride + i;
-            float g = load(gate[at]), dy = load(gradient[r * width + i]);
-            float sigmoid = 1.0f / (1.0f + fast_exp(-g));
-            store(grad_up + at, dy * g * sigmoid);
-            store(grad_gate + at, dy * load(up[at]) * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+        for (int64_t i = 0; i < width; i += 16) {
+            const int64_t at = r * stride + i, count = width - i;
+            const floats g = load16(gate + at, count), dy = load16(gradient + r * width + i, count), s = sigmoid(g);
+            store16(grad_up + at, dy * g * s, count);
+            store16(grad_gate + at, dy * load16(up + at, count) * s * (1.0f + g * (1.0f - s)), count);
         }
 }
 
@@ -214,6 +182,44 @@ static void place_heads(int threads, const T *mixed, const float *gains, const f
     }
 }
 
+// g ← the gradient dy (channels) before the rotation by (channels / 2,) cosines and sines (null: there was none).
+template <class T>
+static inline void turn_back(const T *dy, const float *cosines, const float *sines, float *g, int64_t channels) {
+    const int64_t half = cosines ? channels / 2 : 0;
+    for (int64_t i = 0; i < half; i += 16) {
+        const int64_t count = half - i;
+        const floats a = load16(dy + i, count), b = load16(dy + half + i, count);
+        const floats c = load16(cosines + i, count), s = load16(sines + i, count);
+        store16(g + i, a * c + b * s, count);
+        store16(g + half + i, b * c - a * s, count);
+    }
+    for (int64_t i = 2 * half; i < channels; i += 16) store16(g + i, load16(dy + i, channels - i), channels - i);
+}
+
+// dx ← the gradient of a head `in` from that of its norm, g; `sums` += that of the gains. As in `rms_norm_backward`.
+template <class T>
+static inline void normalise_backward(const T *in, const float *g, const float *gains, float *sums, T *dx, int64_t channels,
+                                      float epsilon) {
+    floats squares = {}, dots = {};
+    for (int64_t i = 0; i < channels; i += 16) {
+        const floats x = load16(in + i, channels - i);
+        squares += x * x;
+    }
+    const float s = 1.0f / std::sqrt(sum_of(squares) / float(channels) + epsilon);
+    for (int64_t i = 0; i < channels; i += 16) {
+        const int64_t count = channels - i;
+        const floats gn = load16(g + i, count) * load16(in + i, count) * s;
+        store16(sums + i, load16(sums + i, count) + gn, count);
+        dots += gn * load16(gains + i, count);
+    }
+    const float dot = sum_of(dots) * s / float(channels);
+    for (int64_t i = 0; i < channels; i += 16) {
+        const int64_t count = channels - i;
+        const floats gw = load16(g + i, count) * load16(gains + i, count);
+        store16(dx + i, s * (gw - load16(in + i, count) * dot), count);
+    }
+}
+
 // Its gradient: those of queries and keys (rows, heads or shared, channels), and of the values, which come after the keys in
 // a row and were left as they are → `grad_mixed` (rows, stride), and the gains' as a partial sum a thread.
 template <class T>
@@ -221,60 +227,62 @@ static void place_heads_backward(int threads, const T *dq, const T *dk, const T 
                                  const float *cosines, const float *sines, T *grad_mixed, float *partial, int64_t rows,
                                  int64_t time, int64_t queries, int64_t shared, int64_t channels, int64_t stride,
                                  int64_t row_stride, float epsilon) {
-    int64_t half = channels / 2, heads = queries + shared;
+    const int64_t half = channels / 2, heads = queries + shared, values = shared * channels;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < threads; t++) {
         std::vector<float> turned(channels);
         float *g = turned.data();
         for (int64_t row = rows * t / threads; row < rows * (t + 1) / threads; row++) {
-            int64_t place = (row / time) * row_stride + row % time;
+            const int64_t place = ((row / time) * row_stride + row % time) * half;
             for (int64_t h = 0; h < heads; h++) {
                 const T *dy = h < queries ? dq + (row * queries + h) * channels : dk + (row * shared + h - queries) * channels;
                 const T *in = mixed + row * stride + h * channels;
                 T *dx = grad_mixed + row * stride + h * channels;
-                if (cosines) {
-                    const float *c = cosines + place * half, *s = sines + place * half;
-#pragma omp simd
-                    for (int64_t i = 0; i < half; i++) {
-                        float a = load(dy[i]), b = load(dy[i + half]);
-                        g[i] = a * c[i] + b * s[i];
-                        g[i + half] = b * c[i] - a * s[i];
-                    }
-                } else
-                    for (int64_t i = 0; i < channels; i++) g[i] = load(dy[i]);
-                if (gains) {
-                    const float *w = gains + h * channels;
-                    float *sums = partial + (t * heads + h) * channels, squares = 0, dot = 0;
-                    for (int64_t i = 0; i < channels; i++) squares += load(in[i]) * load(in[i]);
-                    float s = 1.0f / std::sqrt(squares / float(channels) + epsilon);
-#pragma omp simd reduction(+ : dot)
-                    for (int64_t i = 0; i < channels; i++) {
-                        float normalised = load(in[i]) * s;
-                        sums[i] += g[i] * normalised;
-                        dot += g[i] * w[i] * normalised;
-                    }
-                    dot *= s / float(channels);
-#pragma omp simd
-                    for (int64_t i = 0; i < channels; i++) store(dx + i, s * (g[i] * w[i] - load(in[i]) * dot));
-                } else
-                    for (int64_t i = 0; i < channels; i++) store(dx + i, g[i]);
+                turn_back(dy, cosines ? cosines + place : nullptr, sines ? sines + place : nullptr, g, channels);
+                if (gains)
+                    normalise_backward(in, g, gains + h * channels, partial + (t * heads + h) * channels, dx, channels, epsilon);
+                else
+                    for (int64_t i = 0; i < channels; i += 16) store16(dx + i, load16(g + i, channels - i), channels - i);
             }
-            int64_t values = shared * channels;
             std::memcpy(grad_mixed + row * stride + heads * channels, dv + row * values, values * sizeof(T));
         }
     }
 }
 
-// e[i] becomes exp(e[i]); returns the sum. One function for all types of logits, and 16 sums in order: whoever has the same logits,
-// in whatever precision, gets the same bits.
-__attribute__((noinline)) static float exponentials(float *e, int64_t count) {
-    float sums[16] = {0}, sum = 0;
+// e[i] becomes exp(e[i] − largest); returns the sum. One function for all types of logits, and 16 sums in order: whoever has the
+// same logits, in whatever precision, gets the same bits.
+__attribute__((noinline)) static float exponentials(float *e, float largest, int64_t count) {
+    floats sums = {};
     int64_t i = 0;
-    for (; i + 16 <= count; i += 16)
-        for (int64_t lane = 0; lane < 16; lane++) sums[lane] += e[i + lane] = fast_exp(e[i + lane]);
-    for (; i < count; i++) sum += e[i] = fast_exp(e[i]);
-    for (float lane : sums) sum += lane;
+    for (; i + 16 <= count; i += 16) {
+        const floats x = exp_of(read<floats>(e + i) - largest);
+        write(e + i, x);
+        sums += x;
+    }
+    const floats rest = exp_of(load16(e + i, count - i) - largest);
+    store16(e + i, rest, count - i);
+    float sum = sum_of(sums);
+    for (int64_t lane = 0; lane < count - i; lane++) sum += rest[lane];
     return sum;
+}
+
+// e ← in as float; returns the largest.
+template <class T>
+static inline float widen(const T *in, float *e, int64_t count) {
+    floats largest = floats{} - INFINITY;
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const floats x = load16(in + i, 16);
+        write(e + i, x);
+        largest = x > largest ? x : largest;
+    }
+    float found = -INFINITY;
+    for (int64_t lane = 0; lane < 16; lane++) found = largest[lane] > found ? largest[lane] : found;
+    for (; i < count; i++) {
+        e[i] = load(in[i]);
+        found = e[i] > found ? e[i] : found;
+    }
+    return found;
 }
 
 // One row at a time, so that its 2V bytes stay in cache: maximum, sum of exponentials, then the gradient in place.
@@ -288,20 +296,12 @@ static void cross_entropy(int threads, T *logits, const int64_t *targets, float 
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
             T *row = logits + r * vocab;
-            float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)  // without it, the maximum alone takes as long as all the rest
-            for (int64_t i = 0; i < vocab; i++) {
-                float value = load(row[i]);
-                largest = value > largest ? value : largest;
-            }
-            for (int64_t i = 0; i < vocab; i++) e[i] = load(row[i]) - largest;
-            float sum = exponentials(e, vocab);
-            int64_t target = targets[r];
-            losses[r] = std::log(sum) + largest - load(row[target]);
-            float factor = scale / sum;
-            float at_target = e[target] * factor - scale;
-            for (int64_t i = 0; i < vocab; i++) store(row + i, e[i] * factor);
-            store(row + target, at_target);
+            const int64_t target = targets[r];
+            const float largest = widen(row, e, vocab), logit = e[target], sum = exponentials(e, largest, vocab);
+            losses[r] = std::log(sum) + largest - logit;
+            const float factor = scale / sum;
+            for (int64_t i = 0; i < vocab; i += 16) store16(row + i, load16(e + i, vocab - i) * factor, vocab - i);
+            store(row + target, e[target] * factor - scale);
         }
     }
 }

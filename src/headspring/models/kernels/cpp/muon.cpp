@@ -7,30 +7,57 @@
 
 namespace {
 
-// x (m, n) bfloat16, m ≤ n ← the quintic iteration x ← a x + (b g + c g²) x with g = x xᵀ.
+// x (m, n) bfloat16, m ≤ n ← the quintic iteration x ← a x + (b g + c g²) x with g = x xᵀ. Both g and g² are symmetric, to the
+// last bit: only their blocks on and above the diagonal are multiplied. Right factors lie in panels of 32 columns.
 class NewtonSchulz {
   public:
     NewtonSchulz(int64_t m, int64_t n)
-        : m(m), n(n), right(m * n / 2), gram_right(m * m / 2), gram_rows(m * m), product(m * n), gram(m * m), square(m * m) {}
+        : m(m), n(n), panels(m * n / 2), gram_panels(m * m / 2), symmetric(m * m), gram(m * m), square(m * m), part(m * 32) {}
 
     void iterate(bf16 *x, float a, float b, float c) {
-        pairs_of_transposed(x, n, m, right, m, m, n);
-        multiply(x, n, right, m, gram, m, m, m, n, false);
-        for (int64_t i = 0; i < m * m; i += 16) write_bf16(gram_rows + i, read<floats>(gram + i));
-        pairs_of_rows(gram_rows, m, m, gram_right, m, m, m);
-        multiply(gram_rows, m, gram_right, m, square, m, m, m, m, false);
-        for (int64_t i = 0; i < m * m; i += 16)
-            write_bf16(gram_rows + i, b * read<floats>(gram + i) + c * read<floats>(square + i));
-        pairs_of_rows(x, n, m, right, n, m, n);
-        multiply(gram_rows, m, right, n, product, n, m, n, m, false);
-        for (int64_t i = 0; i < m * n; i += 16) write_bf16(x + i, a * read_bf16(x + i) + read<floats>(product + i));
+        for (int64_t p = 0; p < m; p += 32) pairs_of_transposed(x + p * n, n, 32, panels + p * n / 2, 32, 32, n);
+        multiply_upper(x, n, panels, gram);
+        fill_symmetric([&](int64_t i) { return read<floats>(gram + i); });
+        for (int64_t p = 0; p < m; p += 32) pairs_of_rows(symmetric + p, m, m, gram_panels + p * m / 2, 32, m, 32);
+        multiply_upper(symmetric, m, gram_panels, square);
+        fill_symmetric([&](int64_t i) { return b * read<floats>(gram + i) + c * read<floats>(square + i); });
+        for (int64_t p = 0; p < n; p += 32) {
+            pairs_of_rows(x + p, n, m, panels, 32, m, 32);
+            multiply(symmetric, m, panels, 32, part, 32, m, 32, m, false);
+            for (int64_t r = 0; r < m; r++)
+                for (int64_t i = 0; i < 32; i += 16) {
+                    bf16 *at = x + r * n + p + i;
+                    write_bf16(at, a * read_bf16(at) + read<floats>(part + r * 32 + i));
+                }
+        }
     }
 
   private:
+    static constexpr int64_t STEP = 256;  // columns of one product: 16 KB of either factor, which stay in the first-level cache
     int64_t m, n;
-    Buffer<uint32_t> right, gram_right;
-    Buffer<bf16> gram_rows;
-    Buffer<float> product, gram, square;
+    Buffer<uint32_t> panels, gram_panels;
+    Buffer<bf16> symmetric;
+    Buffer<float> gram, square, part;
+
+    // The upper blocks of out (m, m) = left (m, inner) times the right factor in `right`.
+    void multiply_upper(const bf16 *left, int64_t inner, const uint32_t *right, float *out) {
+        for (int64_t k = 0; k < inner; k += STEP)
+            for (int64_t r = 0; r < m; r += 32)
+                for (int64_t p = r; p < m; p += 32)
+                    multiply(left + r * inner + k, inner, right + p * inner / 2 + k * 16, 32, out + r * m + p, m, 32, 32,
+                             k + STEP < inner ? STEP : inner - k, k > 0);
+    }
+
+    // symmetric ← the values at i = row · m + column of the upper blocks, rounded, and their mirror image.
+    template <class Value>
+    void fill_symmetric(Value value) {
+        for (int64_t r = 0; r < m; r += 32)
+            for (int64_t p = r; p < m; p += 32) {
+                for (int64_t row = r; row < r + 32; row++)
+                    for (int64_t i = row * m + p; i < row * m + p + 32; i += 16) write_bf16(symmetric + i, value(i));
+                if (p > r) transposed(symmetric + r * m + p, m, 32, symmetric + p * m + r, m, 32, 32);
+            }
+    }
 };
 
 // The Nesterov direction with `momentum` (its sum kept up to date), divided by its norm, rounded.

@@ -107,7 +107,7 @@ static inline void integer_sums(const uint8_t *x, int64_t ld, const uint8_t *wei
     store_sums<TWO>(sums);
 }
 
-// `weights`: the panel with 8 bits a value.
+// `weights`: the panel as it is.
 template <bool TWO, class T>
 static inline void channel_block(const Packed &w, const Scratch &scratch, const uint8_t *weights, int64_t row, int64_t rows,
                                  int64_t p, const Output<T> &out) {
@@ -122,28 +122,52 @@ static inline void channel_block(const Packed &w, const Scratch &scratch, const 
         }
 }
 
+// `weights`: the panel as signed bytes. Tiles multiply groups while the sums of the two before are turned into floats, which
+// takes longer than the products.
 template <bool TWO, class T>
 static inline void group_block(const Packed &w, const Scratch &scratch, const uint8_t *weights, int64_t row, int64_t rows,
                                int64_t p, const Output<T> &out) {
-    alignas(64) int32_t sums[32 * PANEL];
+    alignas(64) int32_t sums[4][32 * PANEL];
     alignas(64) float totals[32 * PANEL] = {};
     const int64_t groups = w.groups(), lines = w.padded() / 4 / groups, depth = std::min<int64_t>(lines, 16);
     const uint8_t *x = (const uint8_t *)scratch.bytes() + row * scratch.ld;
-    for (int64_t g = 0; g < groups; g++) {
-        integer_sums<TWO>(x + g * lines * 4, scratch.ld, weights + g * lines * 128, lines, depth, sums);
-        const float *scales = w.scales + (p * groups + g) * PANEL;
-        const float *minimums = w.minimums ? w.minimums + (p * groups + g) * PANEL : nullptr;
-        for (int64_t r = 0; r < rows; r++) {
-            const int64_t of_row = (row + r) * groups + g;
-            const __m512i start = _mm512_set1_epi32(scratch.starts()[of_row]);
-            for (int64_t half = 0; half < 32; half += 16) {
-                const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + r * PANEL + half), start);
-                float *total = totals + r * PANEL + half;
-                write(total, with_group(read<floats>(total), sum, scratch.scales()[of_row], scratch.sums()[of_row], scales + half,
-                                        minimums ? minimums + half : nullptr));
+    auto multiply = [&](int64_t g) {
+        if (g >= groups) return;
+        zero_sums<TWO>();
+        for (int64_t line = g * lines; line < (g + 1) * lines; line += depth) {
+            load_tiles<TWO>(x + line * 4, scratch.ld, weights + line * 128);
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
+            if (TWO) {
+                _tile_dpbssd(2, 5, 6);
+                _tile_dpbssd(3, 5, 7);
             }
         }
-    }
+    };
+    auto store = [&](int64_t g) {
+        if (g < groups) store_sums<TWO>(sums[g & 3]);
+    };
+    const float *row_scales = scratch.scales() + row * groups, *row_sums = scratch.sums() + row * groups;
+    const float *scales = w.scales + p * groups * PANEL, *minimums = w.minimums ? w.minimums + p * groups * PANEL : nullptr;
+    auto add = [&](int64_t g, int64_t first, int64_t last) {
+        if (g >= groups) return;
+        for (int64_t half = 0; half < 32; half += 16) {
+            const int32_t *sum = sums[g & 3] + half;
+            const floats scale = read<floats>(scales + g * PANEL + half);
+            const floats minimum = minimums ? read<floats>(minimums + g * PANEL + half) : floats{};
+            for (int64_t r = first; r < last; r++) {
+                float *total = totals + r * PANEL + half;
+                write(total, with_group(read<floats>(total), _mm512_load_si512(sum + r * PANEL), row_scales[r * groups + g],
+                                        row_sums[r * groups + g], (const float *)&scale, minimums ? (const float *)&minimum : nullptr));
+            }
+        }
+    };
+    multiply(0), store(0), multiply(1), store(1);
+    for (int64_t g = 0; g < groups; g += 2)
+        for (int64_t part = 0; part < 4; part++) {
+            part & 1 ? store(g + 2 + part / 2) : multiply(g + 2 + part / 2);
+            add(g + part / 2, part % 2 * 16, std::min<int64_t>(rows, part % 2 * 16 + 16));
+        }
     for (int64_t r = 0; r < rows; r++) out.put_panel(row + r, p, totals + r * PANEL);
 }
 
@@ -158,16 +182,21 @@ static inline void integer_block(const Packed &w, const Scratch &scratch, const 
                   : group_block<false>(w, scratch, weights, row, rows, p, out);
 }
 
-static inline void unpack_fours(const uint8_t *panel, int64_t lines, uint8_t *bytes) {
-    for (int64_t line = 0; line < lines; line++) {
+// A panel of weights as signed bytes.
+template <int BITS>
+static inline void unpack_panel(const Packed &w, const uint8_t *panel, uint8_t *bytes) {
+    const __m512i offset = _mm512_set1_epi8((char)w.offset);
+    for (int64_t line = 0; line < w.padded() / 4; line++) {
         __m512i low, high;
-        weights_of<4>(panel, line, low, high);
-        _mm512_storeu_si512(bytes + line * 128, low);
-        _mm512_storeu_si512(bytes + line * 128 + 64, high);
+        weights_of<BITS>(panel, line, low, high);
+        _mm_prefetch((const char *)panel + line * BITS * 16 + 4096, _MM_HINT_T0);
+        if (BITS == 8) _mm_prefetch((const char *)panel + line * 128 + 4160, _MM_HINT_T0);
+        _mm512_storeu_si512(bytes + line * 128, _mm512_sub_epi8(low, offset));
+        _mm512_storeu_si512(bytes + line * 128 + 64, _mm512_sub_epi8(high, offset));
     }
 }
 
-// Up to 32 rows from `row` and some panels; `bytes` holds a panel of 4 bits when it is unpacked.
+// Up to 32 rows from `row` and some panels, which are read as they are.
 template <class T>
 static inline void strip(const Packed &w, const Scratch &scratch, int64_t row, int64_t rows, int64_t panel,
                          int64_t last_panel, const Output<T> &out) {
@@ -180,12 +209,12 @@ static inline void strip(const Packed &w, const Scratch &scratch, int64_t row, i
         integer_block(w, scratch, w.panel(p), row, rows, p, out);
 }
 
-// All rows of some panels of 4 bits, each unpacked once.
+// All rows of some panels of groups, each unpacked once.
 template <class T>
 static inline void unpacked_panels(const Packed &w, const Scratch &scratch, int64_t row, int64_t end, int64_t panel,
                                    int64_t last_panel, const Output<T> &out, uint8_t *bytes) {
     for (int64_t p = panel; p < last_panel; p++) {
-        unpack_fours(w.panel(p), w.padded() / 4, bytes);
+        w.bits == 8 ? unpack_panel<8>(w, w.panel(p), bytes) : unpack_panel<4>(w, w.panel(p), bytes);
         for (int64_t r = row; r < end; r += 32)
             integer_block(w, scratch, bytes, r, std::min<int64_t>(32, end - r), p, out);
     }
@@ -203,9 +232,9 @@ static inline void product_block(const Packed &w, const Scratch &scratch, int64_
     }
     const int64_t depth = w.kind == GROUPS ? std::min<int64_t>(w.group / 4, 16) : 16, whole = row + (end - row) / 32 * 32;
     const int64_t rest = end - whole;
-    Buffer<uint8_t> bytes(w.bits == 4 ? w.padded() * PANEL : 0);
+    Buffer<uint8_t> bytes(w.kind == GROUPS ? w.padded() * PANEL : 0);
     auto run = [&](int64_t from, int64_t to) {
-        if (w.bits == 4) return unpacked_panels(w, scratch, from, to, panel, last_panel, out, bytes.data);
+        if (w.kind == GROUPS) return unpacked_panels(w, scratch, from, to, panel, last_panel, out, bytes.data);
         for (int64_t r = from; r < to; r += 32) strip(w, scratch, r, std::min<int64_t>(32, to - r), panel, last_panel, out);
     };
     if (row < whole) {

@@ -16,10 +16,6 @@ struct bf16 {
     uint16_t bits;
 };
 
-#if defined(__AVX512BW__) && defined(__AVX512BF16__)
-#define HAS_PRODUCTS 1
-#include <immintrin.h>
-
 typedef float floats __attribute__((vector_size(64)));      // 16 of them
 typedef int32_t integers __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
@@ -34,6 +30,10 @@ template <class V>
 static inline void write(void *to, V value) {
     std::memcpy(to, &value, sizeof(V));
 }
+
+#if defined(__AVX512BW__) && defined(__AVX512BF16__)
+#define HAS_PRODUCTS 1
+#include <immintrin.h>
 
 // Rounded to nearest even.
 static inline void write_bf16(bf16 *to, floats x) { write(to, _mm512_cvtneps_pbh((__m512)x)); }
