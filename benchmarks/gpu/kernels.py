@@ -3,7 +3,7 @@ bit, and bytes/s.
 
     python benchmarks/gpu/kernels.py [--heads 32 --kv_heads 8 --channels 128 --length 4096 --batch 64]
 
-Decoding reads every key and value once: bytes/s are those over the time of attention alone; the share is of what a copy reaches.
+Decoding reads every key and value once: bytes/s are those over the time of attention alone; a share is of what a copy reaches.
 """
 
 import argparse

@@ -154,6 +154,13 @@ def test_a_view_shares_all_weights(lm, adapters):
         with attached(lm.model, adapters["poet"]):
             close(view.logits(ids), lm.logits(ids), 0.05)
         assert torch.equal(lm.logits(ids), base) and not torch.equal(view.logits(ids), base)
+    learning, still = view.logits(ids), view.logits(ids).detach()
+    assert alike(lm.model, [((), learning.flatten().tolist())], [((), still.flatten().tolist())]) and learning.requires_grad
+    with torch.no_grad():
+        assert alike(lm.model, [((), view.logits(ids).flatten().tolist())], [((), still.flatten().tolist())])
+    learning.sum().backward()
+    assert all(parameter.grad is not None for parameter in lm.model.parameters()), "what stands before an adapter can learn"
+    lm.model.zero_grad()
     with pytest.raises(UserError, match="has an adapter already"):
         view.with_adapter(adapters["clerk"])
     with pytest.raises(UserError, match="this one has none"):

@@ -168,3 +168,26 @@ def test_the_operators_keep_the_promises_of_custom_operators():
     torch.library.opcheck(torch.ops.headspring.selective_scan, (*(x.requires_grad_() for x in inputs), boundaries(9, "some")))
     scanned = [torch.rand(ROWS, 9, E), torch.randn(ROWS, 9, E), torch.randn(ROWS, E)]
     torch.library.opcheck(torch.ops.headspring.linear_scan, tuple(x.requires_grad_() for x in scanned))
+
+
+def selections(y: torch.Tensor) -> int:
+    """Nodes of a graph whose gradient is as large as what they select from."""
+    seen, open_ = set(), [y.grad_fn]
+    while open_:
+        node = open_.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            open_ += [parent for parent, _ in node.next_functions]
+    return sum(node.name() == "SelectBackward0" for node in seen)
+
+
+def test_the_gradient_of_many_chunks_is_not_quadratic():
+    """A chunk taken by its number would cost the gradient of all chunks, for every chunk."""
+    found = []
+    for chunks in (2, 6):
+        k = torch.nn.functional.normalize(torch.randn(1, 4 * chunks, 2, 3, requires_grad=True), dim=-1)
+        gate = torch.rand(1, 4 * chunks, 2, requires_grad=True)
+        y, _ = delta(k, k, k, -gate, gate, torch.zeros(1, 2, 3, 3), chunk=4)
+        found.append(selections(y))
+    assert found[0] == found[1] < 6
+    assert selections(torch.stack([k[:, i] for i in range(6)])) == 6

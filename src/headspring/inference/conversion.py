@@ -98,7 +98,7 @@ def _write_quantized(lm: LanguageModel, target: Path, how: str | Quantization, h
     notes: list[str] = []
     quantized = read(lm.folder, None, how, lambda: lm.tokenizer, notes=notes)
     scheme = how if isinstance(how, str) else how.name
-    about: dict[str, Any] = {"scheme": scheme, "notes": notes}
+    about: dict[str, Any] = {"scheme": scheme, **({"notes": notes} if notes else {})}
     if held_out:
         rows = token_rows(lm.tokenizer, embedded_texts("held_out"), held_out, lm.context)
         baseline = Baseline(lm.model, lm.tokenizer, rows, quantized.compute_dtype)

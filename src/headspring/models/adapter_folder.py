@@ -40,7 +40,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 UNSUPPORTED = (  # keys that ask for more than low-rank factors
     *("use_dora", "modules_to_save", "lora_bias", "target_parameters", "layer_replication", "trainable_token_indices"),
-    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config", "exclude_modules_experts"),
+    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config"),
 )
 CHANGING_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")  # values of init_lora_weights that change the base, too
 

@@ -8,7 +8,7 @@ In the decoder of an encoder–decoder a branch `cross` stands between the two: 
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -164,8 +164,9 @@ class BlockModule(PartModule):
         x = self.site("residual.pre", x)
         if self.parallel:
             return self.site("residual.post", self._parallel(x, context, state))
-        reads = isinstance(state, ReadingState | ReadingStates)
-        memory, state = (state.memory, state.own) if reads else (None, state)
+        memory: Any = None
+        if isinstance(state, ReadingState | ReadingStates):
+            memory, state = state.memory, state.own
         x, read = self.mixer.read(x)
         x, y = self._added(self.mixer, x, self._mixed(read, context, state), "residual.mid", self.cross or self.feedforward)
         if self.cross is not None:

@@ -219,7 +219,8 @@ class Stacked:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(…, I) → (…, O)."""
-        packed_down, packed_up = self._packed.get(x.dtype, (None, None))
+        learns = torch.is_grad_enabled() and x.requires_grad  # through it, for what stands before: packed matrices cannot
+        packed_down, packed_up = (None, None) if learns else self._packed.get(x.dtype, (None, None))
         hidden = _multiply(x, self.down, packed_down)
         if self.rows is not None:
             flat = hidden.view(-1, hidden.shape[-1])

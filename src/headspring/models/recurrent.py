@@ -145,21 +145,21 @@ class RecurrentModule(MixerModule):
     def _readable(self, x: torch.Tensor, context: Context, memory: list[torch.Tensor]):
         """Token by token. Returns h (B, T, H) and the last memory."""
         batch, time, _ = x.shape
-        a = self.input(x).view(batch, time, self.value.gates, self.hidden)
+        inputs = self.input(x).view(batch, time, self.value.gates, self.hidden).unbind(1)  # not [:, t]: see `chunked.delta`
         first, gates = tuple(memory), []
         now = first
-        for t in range(time):
+        for t, a in enumerate(inputs):
             now = self._carried(now, context, t)
             u = self.memory(now[0]).view(batch, self.value.gates, self.hidden)
-            gates.append(self.value.step(a[:, t], u, now))
+            gates.append(self.value.step(a, u, now))
             now = self.value.update(gates[-1], now)
         return self._replay(self.site("gates", torch.stack(gates, dim=1)), context, first)
 
     def _replay(self, gates: torch.Tensor, context: Context, now: tuple[torch.Tensor, ...]):
         """What memory becomes under given gates: those that were seen, or what an observer made of them."""
         outputs = []
-        for t in range(gates.shape[1]):
-            now = self.value.update(gates[:, t], self._carried(now, context, t))
+        for t, opened in enumerate(gates.unbind(1)):
+            now = self.value.update(opened, self._carried(now, context, t))
             outputs.append(now[0])
         return torch.stack(outputs, dim=1), now
 

@@ -1,9 +1,10 @@
-"""GGUF's blocks as groups of whole numbers: the same values as when they are unpacked, bit for bit."""
+"""GGUF's blocks as groups of whole numbers: the values that the `gguf` package reads, bit for bit."""
 
 import numpy as np
 import pytest
 import torch
 from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize
 
 from headspring.artifacts.gguf import Entry, GgufFile, write_gguf
 from headspring.models.dialects.gguf import blocks
@@ -29,9 +30,16 @@ def stored(request, tmp_path) -> tuple[GgufFile, Type]:
     return GgufFile(tmp_path / "a.gguf"), type
 
 
+def by_the_peer(file: GgufFile) -> torch.Tensor:
+    """What the `gguf` package reads."""
+    info = file.tensors["w"]
+    return torch.from_numpy(dequantize(file.content("w").reshape(info.shape[0], -1), info.type))
+
+
 def test_the_values_are_those_of_the_blocks(stored):
     file, type = stored
-    matrix, unpacked = read_groups(file, "w"), blocks.read(file, "w", torch.float32)
+    matrix, unpacked = read_groups(file, "w"), by_the_peer(file)
+    assert torch.equal(blocks.read(file, "w", torch.bfloat16), unpacked.to(torch.bfloat16))
     assert keeps(file, "w") and unpacked.isfinite().all()
     assert torch.equal(matrix.dequantized().view(torch.int32), unpacked.view(torch.int32))
     assert matrix.bits == BITS.get(type, 8) and matrix.group == (16 if type is Type.Q6_K else 32)
@@ -41,7 +49,7 @@ def test_the_values_are_those_of_the_blocks(stored):
 
 def test_another_order_of_the_bytes_would_be_seen(stored):
     file, _ = stored
-    matrix, unpacked = read_groups(file, "w"), blocks.read(file, "w", torch.float32)
+    matrix, unpacked = read_groups(file, "w"), by_the_peer(file)
     matrix.values[0, [0, 1]] = matrix.values[0, [1, 0]] + 1
     assert not torch.equal(matrix.dequantized(), unpacked)
 

@@ -179,7 +179,8 @@ def test_gptq_calibrates_on_the_text_it_is_given(source, tmp_path):
     rows = token_rows(load(source).tokenizer, iter(TEXT * 20), 512, 96)
     hurts = {}
     for name in ("int4", "int4-gptq"):
-        scheme = Quantization(method=name, calibration=str(tmp_path / "text.txt"), tokens=2048)
+        text = {"calibration": str(tmp_path / "text.txt"), "tokens": 2048} if name == "int4-gptq" else {}
+        scheme = Quantization(method=name, **text)
         original, quantized = load(source), load(source, quantize=scheme)
         hurts[name] = report(Baseline(original.model, original.tokenizer, rows, torch.bfloat16), quantized.model, name)
     assert hurts["int4-gptq"].kl < 0.7 * hurts["int4"].kl

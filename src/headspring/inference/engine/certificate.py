@@ -145,6 +145,9 @@ def weights_digest(model: ModelModule) -> str:
                 continue
             tensors = matrix.values, matrix.scales, matrix.minimums
             held |= {f"{attribute}.{number}": tensor for number, tensor in enumerate(tensors)}
+        addition = getattr(module, "addition", None)
+        if addition is not None:  # of an adapter
+            held |= {"addition.down": addition.down, "addition.up": addition.up}
         experts = getattr(module, "packed_experts", None)
         if experts is not None and (experts.kind != "bf16" or model.released):
             every = (tensor for matrix in experts.matrices for tensor in matrix.tensors.values())

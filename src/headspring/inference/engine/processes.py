@@ -8,7 +8,7 @@ A step is the same in all processes because everything that it follows from is: 
 on the clock, on how many pages there are and on the tokens that were sampled. So the first process sends, before each step,
 what has been submitted and cancelled since the last one (as JSON: processes exchange no code); the clock is the first one's,
 wherever a step reads it; all have as many pages as the one with the fewest; and the sampled tokens are those of the first one.
-With the orders comes a checksum of all answers, so that processes that part company say so.
+With the orders comes a checksum of what the answers have become, so that processes that part company say so.
 
 Clients see no difference, but for what happens inside a step: a listener that cancels a job, or raises, ends it after that
 step. A process that ends, or that answers no sum for `timeout` seconds (`parallel.join`), ends the run with one clear error.
@@ -42,6 +42,7 @@ from headspring.inference.inspection.probe import row_shapes
 from headspring.inference.sampling_params import SamplingParams
 
 PATIENCE = timedelta(days=365)  # of a process that waits for orders; one that has ended is noticed at once
+RECENT = 8  # tokens of each answer that a checksum is of: it is compared after every step
 ROOM = 4096  # bytes of the first message; longer orders follow in a second one
 DIVIDED = {"q", "k", "v", "pattern", "heads", "gate", "act"}  # sites of which each process has a part
 
@@ -140,7 +141,7 @@ class _Ranked(Engine):
     def checksum(self, below: int | None = None) -> int:
         """Of what the answers have become of all jobs, or of those with numbers `below` one."""
         parts = [
-            (number, one.answer, one.computed, len(one.tokens), one.tokens[-1])
+            (number, one.answer, one.computed, len(one.tokens), one.tokens[-RECENT:])
             for number, job in self.jobs.items()
             for one in job.sequences
             if below is None or number < below

@@ -39,8 +39,8 @@ ENTRIES = 1024  # verdicts that are kept; the oldest go
 
 
 def matrices_of(model: ModelModule) -> list[PackedMatrix]:
-    """The packed matrices of a model, in the order in which a token meets them: the whole of joined ones, as many experts as a token
-    goes to."""
+    """The packed matrices of a model, in the order in which a token meets them: the whole of joined ones, as many experts
+    as a token goes to."""
     found: list[PackedMatrix] = []
     for module in model.modules():
         for names in getattr(module, "joins", ()):

@@ -40,8 +40,8 @@ def read(
     notes: list[str] | None = None,
 ) -> ModelModule:
     """The model at `path`. `dtype` is that of the weights, or None for the stored one; of whole numbers it is that of the
-    activations, bfloat16 by default. `tokenizer` is asked for where text is read. `rows` (N, T) int64 are what GPTQ reads, None: the text that the scheme names; `notes` as
-    for `quantize`. Raises `UserError`."""
+    activations, bfloat16 by default. `tokenizer` is asked for where text is read. `rows` (N, T) int64 are what GPTQ reads
+    (None: the text that the scheme names), `notes` as for `quantize`. Raises `UserError`."""
     if how == AUTO:
         fast = dtype is None and is_gguf(path) and kernels.multiplies_natively(torch.empty(0, dtype=ACTIVATIONS))
         kept = _kept(path) if fast else None

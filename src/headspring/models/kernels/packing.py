@@ -4,7 +4,7 @@ once and laid side by side in memory; and back.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -175,7 +175,8 @@ def _settle(places: Sequence[tuple[nn.Module, str, PackedMatrix]], room: Room) -
     moved: dict[int, PackedMatrix] = {}
     for module, name, matrix in places:
         if id(matrix) not in moved:
-            moved[id(matrix)] = replace(matrix, **{part: room.copied(tensor) for part, tensor in matrix.tensors.items()})
+            tensors: dict[str, Any] = {part: room.copied(tensor) for part, tensor in matrix.tensors.items()}
+            moved[id(matrix)] = replace(matrix, **tensors)
         setattr(module, name, moved[id(matrix)])
 
 

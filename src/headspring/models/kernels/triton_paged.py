@@ -166,9 +166,11 @@ def attend(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(cap(q kᵀ · scale)) v of queries q (N, H, C), each over the keys of its own sequence up to itself (the last
-    `window` of them) → (N, H, C). `pools` are keys (P, K, PAGE, C) and values (P, K, C, PAGE), and their scales (P, K, PAGE) where they
-    are int8; `tables` (S, pages) int32, `offsets` (S + 1,), `past` (S,), `positions` (N,) int64 as in `Ragged`; `tiles` from
-    `Ragged.tiles`; no sequence has more than `longest` tokens, those of the step included. `sinks` (H,) are logits."""
+    `window` of them) → (N, H, C).
+
+    `pools` are keys (P, K, PAGE, C) and values (P, K, C, PAGE), and their scales (P, K, PAGE) where they are int8; `tables`
+    (S, pages) int32, `offsets` (S + 1,), `past` (S,), `positions` (N,) int64 as in `Ragged`; `tiles` from `Ragged.tiles`; no
+    sequence has more than `longest` tokens, those of the step included. `sinks` (H,) are logits."""
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
     (tokens, heads, channels), kv_heads, splits = q.shape, pools[0].shape[1], -(-longest // SPLIT)

@@ -1,7 +1,7 @@
-// The fused element-wise operators of kernels/__init__.py, for float32 and bfloat16. Plain loops that the compiler vectorises:
-// read once, compute in float, write once. Each function exists as NAME_f32 and NAME_bf16.
+// The fused element-wise operators of kernels/__init__.py, for float32 and bfloat16: read once, compute in float, write once. Plain
+// loops where the compiler vectorises them well, else sixteen numbers at a time (vectors.h). Each exists as NAME_f32 and NAME_bf16.
 
-// Loops that store say `omp simd`: without it the compiler makes two versions, for arrays that overlap and for those that do not,
+// Plain loops that store say `omp simd`: without it the compiler makes two versions, for arrays that overlap and for those that do not,
 // asks at run time how near they lie, and the two round differently. (An array may be its own source, element by element.)
 
 #include "rows.h"
