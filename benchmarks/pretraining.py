@@ -8,9 +8,10 @@ same order, in bf16 with the same threads. After every turn each measures its lo
 not count). Reported: tokens/s as the median over turns with the spread, and the time each needs to reach the best peer's
 final loss.
 
-Contenders: `headspring`; `reference` (GPT-2 block, AdamW, autocast, in the style of nanoGPT) and `reference-compiled`
-(the same under torch.compile); `trainer` (transformers.Trainer on the same architecture as ours, Qwen3) and
-`trainer-compiled`. Each peer may take its learning rate from a list: the best final loss counts.
+Contenders: `headspring` (Muon, as in its recipes); `headspring-adamw` (the same with the peers' optimizer, so that a step is
+the same work); `reference` (GPT-2 block, AdamW, autocast, in the style of nanoGPT) and `reference-compiled` (the same under
+torch.compile); `trainer` (transformers.Trainer on the same architecture as ours, Qwen3) and `trainer-compiled`. Each peer
+may take its learning rate from a list: the best final loss counts.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CONTENDERS = ("headspring", "reference", "reference-compiled", "trainer", "trainer-compiled")
+OURS = ("headspring", "headspring-adamw")
+CONTENDERS = (*OURS, "reference", "reference-compiled", "trainer", "trainer-compiled")
 
 
 def parse() -> argparse.Namespace:
@@ -109,6 +111,16 @@ def seconds_to(curve: list[tuple[float, float]], loss: float) -> float | None:
     return None
 
 
+def against(ours: dict, fastest: dict, best: dict) -> dict[str, float | None]:
+    """Our speed over the fastest peer's, and our time to the loss that the best peer ends at, over its time."""
+    needed = seconds_to(ours["seconds_and_loss"], best["final_loss"])
+    return {
+        "speed_over_fastest": ours["tokens_per_second"]["median"] / fastest["tokens_per_second"]["median"],
+        "seconds_to_best_loss": needed,
+        "time_over_best": None if needed is None else needed / best["seconds"],
+    }
+
+
 def main() -> None:
     arguments = parse()
     if arguments.worker:
@@ -134,23 +146,15 @@ def main() -> None:
     tokens_per_turn = arguments.turn * arguments.batch * arguments.length
     rows = {worker.name: summarise(worker, tokens_per_turn) for worker in workers}
     result = {"settings": vars(arguments) | {"out": None}, "environment": environment(), "contenders": rows}
-    peers = {name: row for name, row in rows.items() if name != "headspring"}
-    if peers and "headspring" in rows:
-        ours = rows["headspring"]
+    peers = {name: row for name, row in rows.items() if name not in OURS}
+    if peers:
         fastest = max(peers, key=lambda name: peers[name]["tokens_per_second"]["median"])
         best = min(peers, key=lambda name: peers[name]["final_loss"])
-        target = peers[best]["final_loss"]
-        needed = seconds_to(ours["seconds_and_loss"], target)
-        ratio = ours["tokens_per_second"]["median"] / peers[fastest]["tokens_per_second"]["median"]
-        result |= {
-            "fastest_peer": fastest,
-            "speed_over_fastest_peer": ratio,
-            "best_peer": best,
-            "seconds_to_best_peers_loss": needed,
-            "time_over_best_peers": None if needed is None else needed / peers[best]["seconds"],
-        }
-        print(f"{ratio:.2f} × the tokens/s of {fastest}")
-        print(f"{best}'s loss {target:.4f} in {needed} s of its {peers[best]['seconds']} s")
+        result |= {"fastest_peer": fastest, "best_peer": best}
+        result["against_peers"] = {name: against(rows[name], peers[fastest], peers[best]) for name in OURS if name in rows}
+        for name, found in result["against_peers"].items():
+            print(f"{name}: {found['speed_over_fastest']:.2f} × the tokens/s of {fastest}")
+            print(f"{best}'s loss in {found['seconds_to_best_loss']} s of its {peers[best]['seconds']} s")
     write_json(arguments.out, json.loads(json.dumps(result, default=str)))
     print(arguments.out)
 

@@ -72,7 +72,7 @@ def cosine(step: int, steps: int, warmup: int = 20) -> float:
 # ---- ours
 
 
-def headspring(arguments, data: Data) -> None:
+def headspring(arguments, data: Data, **optimizer) -> None:
     from headspring.models.scoring import cross_entropy_sum
     from headspring.training.callbacks import Callback
     from headspring.training.loop import train
@@ -87,6 +87,7 @@ def headspring(arguments, data: Data) -> None:
             "batch_size": arguments.batch,
             "checkpoint_every": arguments.steps,
         }
+        | optimizer
     )
     model = config.model.decoder(arguments.vocab).build()
 
@@ -258,8 +259,9 @@ def work(arguments) -> None:
     """Run one contender, named on the command line."""
     torch.manual_seed(0)
     data = Data(arguments)
-    name, _, compiled = arguments.worker.partition("-")
+    name, _, variant = arguments.worker.partition("-")
     if name == "headspring":
-        headspring(arguments, data)
+        adamw = {"optimizer": {"kind": "adamw", "learning_rate": arguments.peer_rate}}
+        headspring(arguments, data, **(adamw if variant == "adamw" else {}))
     else:
-        {"reference": reference, "trainer": trainer}[name](arguments, data, compiled=bool(compiled))
+        {"reference": reference, "trainer": trainer}[name](arguments, data, compiled=variant == "compiled")

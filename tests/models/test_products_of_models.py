@@ -177,7 +177,7 @@ def memories(model) -> set[int]:
 @needs_products
 def test_matrices_lie_side_by_side_and_what_changed_is_packed_again(monkeypatch):
     model = build()
-    monkeypatch.setattr(packing, "WORTHWHILE", 0)
+    monkeypatch.setattr(packing, "WORTHWHILE", 1)  # byte
     with torch.no_grad():
         before = model(TOKENS)
         packing.pack_for_serving(model)
@@ -197,7 +197,7 @@ def test_matrices_lie_side_by_side_and_what_changed_is_packed_again(monkeypatch)
 
 def test_a_packed_model_is_copied(monkeypatch):
     model = build()
-    monkeypatch.setattr(packing, "WORTHWHILE", 0)
+    monkeypatch.setattr(packing, "WORTHWHILE", 1)  # byte
     with torch.no_grad():
         packing.pack_model(model, "int8")
         before = model(TOKENS)

@@ -65,6 +65,7 @@ def matrices_of(model: ModelModule) -> list[PackedMatrix]:
 
 def prepare_for_serving(model: ModelModule) -> dict[str, str]:
     """`pack_for_serving`, and `check_products` of what the model multiplies by."""
+    kernels.library()  # where it has to be built, now and not within the first request
     pack_for_serving(model)
     return check_products(matrices_of(model))
 
