@@ -47,6 +47,7 @@ def as_fused() -> Iterator[None]:
         "add_rms_norm": add_norm,
         "silu_multiply": keeps_what_it_reads(kernels.silu_multiply_plain),
         "silu_multiply_halves": halves,
+        "clamped_multiply_halves": keeps_what_it_reads(kernels.clamped_multiply_plain),
         "place_heads": keeps_what_it_reads(_place_heads),
     }
     with ExitStack() as stack:

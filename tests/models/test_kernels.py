@@ -47,6 +47,11 @@ def operators(time: int = 5, channels: int = 24):
             lambda both: kernels.silu_multiply_plain(*both.chunk(2, dim=-1)),
             lambda dtype: (8 * torch.randn(3, 7, 34, dtype=dtype),),
         ),
+        "clamped_multiply_halves": (
+            lambda both: kernels.clamped_multiply_halves(both, 1.7, 1.5),
+            lambda both: kernels.clamped_multiply_plain(both, 1.7, 1.5),
+            lambda dtype: (2 * torch.randn(3, 7, 34, dtype=dtype),),
+        ),
         "add_rms_norm": (
             lambda x, y, w: joined(kernels.add_rms_norm(x, y, w, 1e-6)),
             lambda x, y, w: joined((x + y, kernels.rms_norm_plain(x + y, w, 1e-6))),

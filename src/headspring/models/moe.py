@@ -195,16 +195,14 @@ class Experts(PartModule):
     def _gated(self, both: torch.Tensor) -> torch.Tensor:
         if self.clamp is None:
             return kernels.silu_multiply_halves(both)
-        gate, up = both.chunk(2, dim=-1)
-        gate, up = gate.clamp(max=self.clamp.limit), up.clamp(-self.clamp.limit, self.clamp.limit)
-        return gate * torch.sigmoid(self.clamp.alpha * gate) * (up + 1)
+        return kernels.clamped_multiply_halves(both, self.clamp.alpha, self.clamp.limit)
 
     def cost(self, name: str) -> Cost:
         experts, hidden, width = self.gate.shape
         parameters = sum(parameter.numel() for parameter in self.parameters())
         idle = parameters // experts * (experts - self.top)
         flops = self.top * (6.0 * width * hidden + 5.0 * hidden)
-        activation = self.top * 2.0 * (2 * width + (3 if self.clamp is None else 7) * hidden)
+        activation = self.top * 2.0 * (2 * width + 3 * hidden)
         shape = f"{self.top} × ({width} → {hidden} → {width})"
         return Cost(name, parameters, flops, activation, 0.0, shape, idle_parameters=idle)
 

@@ -244,16 +244,24 @@ class Engine:
         return done
 
     def _alone(self, work: Work) -> Tensor | None:
-        """The same for one sequence, after a step of several raised; None where it is the one that does."""
+        """The same for one sequence, after a step of several raised; None where it is the one that does: twice, because what
+        passes by itself may fall into its turn."""
+        try:
+            try:
+                return self._once_more(work)
+            except Exception:
+                return self._once_more(work)
+        except Exception as error:
+            self.end(work.sequence.job, "failed", error)
+        return None
+
+    def _once_more(self, work: Work) -> Tensor | None:
         sequence = work.sequence
         if sequence.job.finished:
             return None  # with another of its answers
-        try:
-            if sequence.state is None or self.runner.boundary(sequence, sequence.computed) == sequence.computed:
-                return self.runner.run([work])  # into the pages that were reserved for the step
-            self.scheduler.preempt(sequence)  # it begins again, in a step of its own making
-        except Exception as error:
-            self.end(sequence.job, "failed", error)
+        if sequence.state is None or self.runner.boundary(sequence, sequence.computed) == sequence.computed:
+            return self.runner.run([work])  # into the pages that were reserved for the step
+        self.scheduler.preempt(sequence)  # it begins again, in a step of its own making
         return None
 
     def go_back(self, sequence: Sequence, length: int) -> bool:

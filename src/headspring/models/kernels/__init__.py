@@ -96,6 +96,21 @@ def silu_multiply_plain(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return (silu(gate.float()) * up.float()).to(gate.dtype)
 
 
+def clamped_multiply_halves(both: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """g · sigmoid(alpha · g) · (u + 1) of the halves (g, u) of one product (..., 2F) → (..., F), with g at most `limit` and |u| at
+    most `limit` (GPT-OSS, arXiv 2508.10925); in float32, returned in the dtype of `both`."""
+    if use_native(both):
+        return differentiable.ClampedMultiplyHalvesFunction.apply(both, alpha, limit)
+    return clamped_multiply_plain(both, alpha, limit)
+
+
+def clamped_multiply_plain(both: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """The definition of `clamped_multiply_halves`."""
+    gate, up = both.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(both.dtype)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the channel pairs (c, c + C/2) of x (B, T, H, C) by the angles of cos and sin (B or 1, T, C/2) float32."""
     if use_native(x):

@@ -174,6 +174,20 @@ class Library:
         arguments = (gradient, gate, up, grad_gate, grad_up, *gate.shape, gate.stride(0))
         self._call("silu_multiply_backward", gate.dtype, *arguments)
 
+    def clamped_multiply(self, gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+        """gate and up (N, F), their rows equally far apart."""
+        y = torch.empty(gate.shape, dtype=gate.dtype)
+        self._call("clamped_multiply", gate.dtype, gate, up, y, *gate.shape, gate.stride(0), alpha, limit)
+        return y
+
+    def clamped_multiply_backward(
+        self, gradient: torch.Tensor, halves: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], alpha: float, limit: float
+    ) -> None:
+        """Fills `grads`, which lie in memory as `halves` (gate, up) do."""
+        gate = halves[0]
+        arguments = (gradient, *halves, *grads, *gate.shape, gate.stride(0), alpha, limit)
+        self._call("clamped_multiply_backward", gate.dtype, *arguments)
+
     def place_heads(
         self,
         mixed: torch.Tensor,

@@ -117,6 +117,39 @@ static void silu_multiply_backward(int threads, const T *gradient, const T *gate
         }
 }
 
+// g sigmoid(alpha g) (u + 1) with g at most `limit` and |u| at most `limit`: GPT-OSS's gate. Beyond a limit nothing flows back.
+template <class T>
+static void clamped_multiply(int threads, const T *gate, const T *up, T *y, int64_t rows, int64_t width, int64_t stride,
+                             float alpha, float limit) {
+    const floats most = floats{} + limit;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < width; i += 16) {
+            const int64_t at = r * stride + i, count = width - i;
+            floats g = load16(gate + at, count), u = load16(up + at, count);
+            g = g > most ? most : g;
+            u = u > most ? most : u < -most ? -most : u;
+            store16(y + r * width + i, g * sigmoid(alpha * g) * (u + 1.0f), count);
+        }
+}
+
+template <class T>
+static void clamped_multiply_backward(int threads, const T *gradient, const T *gate, const T *up, T *grad_gate, T *grad_up,
+                                      int64_t rows, int64_t width, int64_t stride, float alpha, float limit) {
+    const floats most = floats{} + limit;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < width; i += 16) {
+            const int64_t at = r * stride + i, count = width - i;
+            const floats given = load16(gate + at, count), u = load16(up + at, count);
+            const floats dy = load16(gradient + r * width + i, count), g = given > most ? most : given, s = sigmoid(alpha * g);
+            const floats held = u > most ? most : u < -most ? -most : u;
+            const floats to_gate = dy * (held + 1.0f) * s * (1.0f + alpha * g * (1.0f - s)), to_up = dy * g * s;
+            store16(grad_gate + at, given > most ? floats{} : to_gate, count);
+            store16(grad_up + at, (u > most) | (u < -most) ? floats{} : to_up, count);
+        }
+}
+
 template <class T>
 static void rotate(int threads, const T *x, const float *cosines, const float *sines, T *y, int64_t batch, int64_t time,
                    int64_t heads, int64_t channels, int64_t row_stride, int64_t inverse) {
@@ -339,6 +372,16 @@ BOTH(silu_multiply, SILU_MULTIPLY, (threads, gate, up, y, rows, width, stride))
     (int threads, const T *dy, const T *gate, const T *up, T *dgate, T *dup, int64_t rows, int64_t width,            \
      int64_t stride)
 BOTH(silu_multiply_backward, SILU_MULTIPLY_BACKWARD, (threads, dy, gate, up, dgate, dup, rows, width, stride))
+
+#define CLAMPED_MULTIPLY(T)                                                                                          \
+    (int threads, const T *gate, const T *up, T *y, int64_t rows, int64_t width, int64_t stride, float alpha, float limit)
+BOTH(clamped_multiply, CLAMPED_MULTIPLY, (threads, gate, up, y, rows, width, stride, alpha, limit))
+
+#define CLAMPED_MULTIPLY_BACKWARD(T)                                                                                 \
+    (int threads, const T *dy, const T *gate, const T *up, T *dgate, T *dup, int64_t rows, int64_t width,            \
+     int64_t stride, float alpha, float limit)
+BOTH(clamped_multiply_backward, CLAMPED_MULTIPLY_BACKWARD,
+     (threads, dy, gate, up, dgate, dup, rows, width, stride, alpha, limit))
 
 #define PLACE_HEADS(T)                                                                                               \
     (int threads, const T *mixed, const float *gains, const float *c, const float *s, T *y, int64_t rows,            \
