@@ -164,6 +164,9 @@ def linear(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[to
     if multiplies_natively(x):
         learns = torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights))
         y = differentiable.LinearFunction.apply(x, *weights) if learns else product(x, pack_bf16(narrow(x, weights)))
+    elif x.dtype == torch.float32 and biases:  # added as the product begins, not in a pass of its own
+        each = zip(weights, biases, strict=True)
+        return _joined([torch.nn.functional.linear(x, weight.float(), bias.float()) for weight, bias in each], dim=-1)
     else:
         y = _joined([torch.nn.functional.linear(x, weight.to(x.dtype)) for weight in weights], dim=-1)
     return y + _joined([bias.to(x.dtype) for bias in biases], dim=0) if biases else y
