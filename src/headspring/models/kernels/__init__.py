@@ -97,8 +97,8 @@ def silu_multiply_plain(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def clamped_multiply_halves(both: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """g · sigmoid(alpha · g) · (u + 1) of the halves (g, u) of one product (..., 2F) → (..., F), with g at most `limit` and |u| at
-    most `limit` (GPT-OSS, arXiv 2508.10925); in float32, returned in the dtype of `both`."""
+    """g · sigmoid(alpha · g) · (u + 1) of the halves (g, u) of one product (..., 2F) → (..., F), with g and |u| at most `limit`
+    (GPT-OSS, arXiv 2508.10925); in float32, returned in the dtype of `both`."""
     if use_native(both):
         return differentiable.ClampedMultiplyHalvesFunction.apply(both, alpha, limit)
     return clamped_multiply_plain(both, alpha, limit)

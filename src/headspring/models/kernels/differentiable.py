@@ -82,15 +82,15 @@ class ClampedMultiplyHalvesFunction(torch.autograd.Function):
         both = both.contiguous()
         ctx.save_for_backward(both)
         ctx.bounds = alpha, limit
-        halves = both.flatten(0, -2).chunk(2, dim=-1)
-        return kernels.built().clamped_multiply(*halves, alpha, limit).view(*both.shape[:-1], -1)
+        gate, up = both.flatten(0, -2).chunk(2, dim=-1)
+        return kernels.built().clamped_multiply(gate, up, alpha, limit).view(*both.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, gradient):
         (both,) = ctx.saved_tensors
         grads = torch.empty_like(both)
-        halves = [x.flatten(0, -2).chunk(2, dim=-1) for x in (both, grads)]
-        kernels.built().clamped_multiply_backward(gradient.contiguous(), *halves, *ctx.bounds)
+        halves, to_halves = (x.flatten(0, -2).chunk(2, dim=-1) for x in (both, grads))
+        kernels.built().clamped_multiply_backward(gradient.contiguous(), halves, to_halves, *ctx.bounds)
         return grads, None, None
 
 
