@@ -304,14 +304,13 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     found = {
         "decode: q4_1 over llama.cpp's q4_1": speed("engine-q4_1", "decode") / speed("llama-q4_1", "decode"),
         "decode: int8 over llama.cpp's best": speed("engine-int8", "decode") / best(four_to_8_bits, "decode"),
-        "decode: bf16 over transformers": speed("engine-bf16", "decode") / speed("transformers-bf16", "decode"),
-        "decode: int8 over transformers": speed("engine-int8", "decode") / speed("transformers-bf16", "decode"),
     }
     for name in (name for name in rows if name.startswith("engine-")):
         for measure in ("concurrent-16", "prefill"):
             ours = speed(name, measure)
             found[f"{measure}: {name} over llama.cpp's best"] = ours / best(LLAMA, measure)
             found[f"{measure}: {name} over transformers"] = ours / speed("transformers-bf16", measure)
+        found[f"decode: {name} over transformers"] = speed(name, "decode") / speed("transformers-bf16", "decode")
     return found
 
 
